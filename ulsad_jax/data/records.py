@@ -1,0 +1,269 @@
+"""What a data set is before it is read: one record an image.
+
+A layout module (`mvtec_ad`, `mvtec_loco`, ...) turns a folder into records with two
+functions, `categories(root)` and `records(root, category)`. It looks at names and
+small text files only; images and masks are opened by `read_image` and `read_mask`
+when the data set is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from ulsad_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, UInt8
+
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+NORMAL, ANOMALOUS = 0, 1
+GOOD = "good"  # the type of every normal image, whatever its folder is called
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saturation:
+    """How much of a defect must be found for full credit (MVTec LOCO's sPRO).
+
+    Attributes:
+        defect_name: the kind of defect, as the data set names it.
+        threshold: pixels at original resolution, or a share of the region's area.
+        relative: whether `threshold` is a share.
+    """
+
+    defect_name: str = ""
+    threshold: float = 1.0
+    relative: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """One ground-truth channel on disk: a pixel above `above` is defective.
+
+    Attributes:
+        path: the mask's file.
+        above: the largest value that still means normal.
+        saturations: for MVTec LOCO, the rule that belongs to each pixel value; the
+            file holds 0 and exactly one of them. Empty elsewhere: the whole region
+            must be found.
+    """
+
+    path: Path
+    above: int = 0
+    saturations: Mapping[int, Saturation] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One image of a category.
+
+    Attributes:
+        image: the image's file.
+        split: "train", "validation" or "test".
+        type: `GOOD`, or the kind of anomaly (its folder's name).
+        masks: ground-truth channels; empty for a normal image, and for an anomalous
+            one whose mask is not known.
+        group: images of one object share it, and no split parts a group. Empty: the
+            image is an object of its own.
+    """
+
+    image: Path
+    split: str
+    type: str = GOOD
+    masks: tuple[Mask, ...] = ()
+    group: str = ""
+
+    @property
+    def label(self) -> int:
+        """`NORMAL` or `ANOMALOUS`."""
+        return NORMAL if self.type == GOOD else ANOMALOUS
+
+    @property
+    def name(self) -> str:
+        """Unique within a split: "<type>/<stem>"."""
+        return f"{self.type}/{self.image.stem}"
+
+
+def check(records: Sequence[Record], where: Path) -> list[Record]:
+    """Refuses records that nothing could be trained on or that clash.
+
+    Returns:
+        The records in a fixed order: by split, normal before anomalous, by name.
+
+    Raises:
+        UserError: no training image; an anomalous image among them; two images of
+            one name in a split.
+    """
+    if not any(r.split == TRAIN for r in records):
+        raise UserError(
+            f"Expected normal training images under {where}, found none. Check the "
+            "folder's layout (README, section Data) and that the archive was "
+            f"unpacked whole. Image files end in {', '.join(IMAGE_SUFFIXES)}."
+        )
+    seen: dict[tuple[str, str], Record] = {}
+    for record in records:
+        if record.label == ANOMALOUS and record.split != TEST:
+            raise UserError(
+                f"Expected only normal images in the {record.split} split, found "
+                f"{record.image} of type {record.type!r}. Move it to the test split."
+            )
+        twin = seen.setdefault((record.split, record.name), record)
+        if twin is not record:
+            raise UserError(
+                f"Expected one image named {record.name!r} in the {record.split} "
+                f"split, found two: {twin.image} and {record.image}. Rename one."
+            )
+    return sorted(records, key=lambda r: (SPLITS.index(r.split), r.label, r.name))
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """A hash that changes when a source file is added, removed or rewritten.
+
+    It covers what the records say and each file's size and modification time, so
+    that it costs no reading of images.
+
+    Raises:
+        UserError: a file of a record does not exist.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr(record).encode())
+        for path in (record.image, *(mask.path for mask in record.masks)):
+            try:
+                status = path.stat()
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"Expected the file {path}, found nothing there. Restore it, or "
+                    "remove what refers to it."
+                ) from error
+            digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+    return digest.hexdigest()
+
+
+def hold_out(
+    records: Sequence[Record], *, fraction: float, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Parts `records` into (kept, held out), never parting a group.
+
+    Groups are shuffled by `seed` and held out until `fraction` of the images, and at
+    least one image, is reached.
+
+    Raises:
+        UserError: nothing would be left on one of the two sides.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.group or record.name, []).append(record)
+    if len(groups) < 2:
+        raise UserError(
+            "Expected training images of at least two objects, to hold one out for "
+            f"validation, found {len(groups)} ({len(records)} images). Add training "
+            "images, or provide a validation split."
+        )
+    names = sorted(groups)
+    wanted = max(1.0, fraction * len(records))
+    held: set[str] = set()
+    count = 0
+    for i in np.random.default_rng(seed).permutation(len(names))[:-1]:
+        if count >= wanted:
+            break
+        held.add(names[i])
+        count += len(groups[names[i]])
+    kept = [r for r in records if (r.group or r.name) not in held]
+    return kept, [r for r in records if (r.group or r.name) in held]
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files directly in `folder`, sorted; [] where there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """The folders directly in `folder`, sorted; [] where there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    )
+
+
+def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads an image file as 8-bit RGB.
+
+    Grey is repeated, a palette is applied, transparency is dropped, 16-bit grey is
+    divided by 257.
+
+    Raises:
+        UserError: the file is truncated, is no image, or cannot be opened.
+    """
+    image = _open(path)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        grey = np.clip(np.asarray(image, np.int64), 0, 65535)
+        return np.repeat(np.round(grey / 257).astype(np.uint8)[..., None], 3, axis=-1)
+    return np.asarray(image.convert("RGB"))
+
+
+def read_mask(
+    mask: Mask, *, size: tuple[int, int]
+) -> tuple[Bool[np.ndarray, "h w"], Saturation]:
+    """Reads a ground-truth channel and the saturation rule that belongs to it.
+
+    Args:
+        mask: the mask.
+        size: (height, width) of its image.
+
+    Raises:
+        UserError: an unreadable file; another size than the image's; for MVTec LOCO,
+            not exactly one non-zero value or one that `defects_config.json` lacks.
+    """
+    image = _open(mask.path)
+    if image.mode in ("P", "PA", "LA"):
+        image = image.convert("L")  # the palette's colours, without transparency
+    values = np.asarray(image)
+    if values.ndim == 3:
+        values = values[..., :3].max(axis=-1)  # a grey mask stored as RGB or RGBA
+    if values.shape != tuple(size):
+        raise UserError(
+            f"Expected the mask {mask.path} to have its image's size, "
+            f"{size[1]} x {size[0]} (width x height), found "
+            f"{values.shape[1]} x {values.shape[0]}. Draw it at the image's size."
+        )
+    if not mask.saturations:
+        return values > mask.above, Saturation()
+    found = [int(v) for v in np.unique(values) if v != 0]
+    if len(found) != 1 or found[0] not in mask.saturations:
+        raise UserError(
+            f"Expected the mask {mask.path} to hold 0 and one pixel value of "
+            f"defects_config.json ({sorted(mask.saturations)}), found the non-zero "
+            f"values {found}. Restore the file from the data set's archive."
+        )
+    return values > 0, mask.saturations[found[0]]
+
+
+def _open(path: str | os.PathLike[str]) -> Image.Image:
+    """Opens and decodes an image file whole."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"Expected a readable image file, found {os.fspath(path)}: {error}. "
+            "Replace or remove the file."
+        ) from error

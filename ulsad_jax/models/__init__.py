@@ -1,0 +1,1 @@
+"""The networks, as purely functional Linen modules."""

@@ -1,0 +1,179 @@
+"""Loss terms, and the loss function that a config makes of them.
+
+A term is a pure function `term(outputs, **hyperparameters) -> per-example losses
+[b]` of the networks' `Outputs`. The config names each one and gives it a weight:
+
+    config.losses.attention = {"term": "attention", "weight": 1.0, "cosine_weight": 0.5}
+    config.losses.mine = {"term": "my_package.my_file:my_term", "weight": 0.1}
+
+Run as a program, this module would have nothing to do; `make_loss_fn` is the door.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from ulsad_jax.errors import UserError
+from ulsad_jax.models.ulsad import Outputs
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+    LossTerm = Callable[..., Float[Array, " b"]]
+    LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+
+COSINE_EPSILON = 1e-8
+
+
+def distance(
+    a: Float[Array, "*n c"], b: Float[Array, "*n c"], *, cosine_weight: float
+) -> Float[Array, "*n"]:
+    """mean_C (a - b)^2 + cosine_weight * (1 - cos(a, b)), at each position.
+
+    The paper's d_lambda. Norms are clamped at 1e-8, as in PyTorch's
+    `cosine_similarity`, so that a zero vector has cosine 0 and a finite gradient.
+    """
+    squared = jnp.square(a - b).mean(-1)
+    return squared + cosine_weight * (1 - _cosine(a, b))
+
+
+def attention(
+    queries: Float[Array, "b h w c"], keys: Float[Array, "b h w c"]
+) -> Float[Array, "b h w c"]:
+    """A(q, k) = softmax(q k^T / sqrt(c)) k over all positions, without projections."""
+    b, h, w, c = queries.shape
+    q = queries.reshape(b, h * w, c)
+    k = keys.reshape(b, h * w, c)
+    weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k) / c**0.5, axis=-1)
+    return jnp.einsum("bqk,bkc->bqc", weights, k).reshape(b, h, w, c)
+
+
+def local_term(outputs: Outputs, *, cosine_weight: float = 0.5) -> Float[Array, " b"]:
+    """d(x, r): the local network reconstructs the features.
+
+    With `cosine_weight` 0 and no other term this is DFR.
+    """
+    x, r = outputs["features"], outputs["local"]
+    return distance(x, r, cosine_weight=cosine_weight).mean((1, 2))
+
+
+def attention_term(
+    outputs: Outputs, *, cosine_weight: float = 0.5
+) -> Float[Array, " b"]:
+    """d(A(x, x), A(g, x)): g attends to the features as they attend to themselves."""
+    x, g = outputs["features"], outputs["global_"]
+    d = distance(attention(x, x), attention(g, x), cosine_weight=cosine_weight)
+    return d.mean((1, 2))
+
+
+def consistency_term(
+    outputs: Outputs, *, cosine_weight: float = 0.5
+) -> Float[Array, " b"]:
+    """d(g, p): the local network predicts the global one, and the other way round."""
+    g, p = outputs["global_"], outputs["predicted_global"]
+    return distance(g, p, cosine_weight=cosine_weight).mean((1, 2))
+
+
+TERMS: dict[str, LossTerm] = {
+    "local": local_term,
+    "attention": attention_term,
+    "consistency": consistency_term,
+}
+
+
+def make_loss_fn(config: Mapping[str, Mapping[str, Any]]) -> LossFn:
+    """Makes the loss function of a config's `losses`.
+
+    Args:
+        config: per entry a `term` (a key of `TERMS`, or "module:function" of your
+            own), a `weight`, and the term's own keyword arguments.
+
+    Returns:
+        `loss_fn(outputs, valid=None) -> (total, {entry: mean loss})`: the weighted
+        total, and each term before weighting. `valid` [b] leaves padded rows out.
+
+    Raises:
+        UserError: no entry; an unknown term; a hyperparameter the term does not take.
+    """
+    if not config:
+        raise UserError(
+            "Expected at least one entry in config.losses, found none. Known terms: "
+            f"{', '.join(TERMS)}; your own are written module:function."
+        )
+    terms = {name: _resolve(name, entry) for name, entry in config.items()}
+
+    def loss_fn(
+        outputs: Outputs, valid: Bool[Array, " b"] | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        batch = outputs["features"].shape[0]
+        mask = jnp.ones(batch) if valid is None else valid.astype(jnp.float32)
+        means = {}
+        total = jnp.zeros(())
+        for name, (term, weight, hyperparameters) in terms.items():
+            per_example = jnp.asarray(term(outputs, **hyperparameters))
+            if per_example.shape != (batch,):
+                raise UserError(
+                    f"Expected loss term {name!r} to return one loss an example, "
+                    f"shape ({batch},), found shape {per_example.shape}. Average "
+                    "over positions, not over the batch."
+                )
+            means[name] = (per_example * mask).sum() / jnp.maximum(mask.sum(), 1)
+            total += weight * means[name]
+        return total, means
+
+    return loss_fn
+
+
+def _cosine(a: Float[Array, "*n c"], b: Float[Array, "*n c"]) -> Float[Array, "*n"]:
+    # The clamp is inside the root: a root's gradient at zero is infinite.
+    norm_a = jnp.sqrt(jnp.maximum(jnp.square(a).sum(-1), COSINE_EPSILON**2))
+    norm_b = jnp.sqrt(jnp.maximum(jnp.square(b).sum(-1), COSINE_EPSILON**2))
+    return (a * b).sum(-1) / (norm_a * norm_b)
+
+
+def _resolve(
+    name: str, entry: Mapping[str, Any]
+) -> tuple[LossTerm, float, dict[str, Any]]:
+    """The function, weight and hyperparameters of one config entry."""
+    hyperparameters = dict(entry)
+    try:
+        reference, weight = hyperparameters.pop("term"), hyperparameters.pop("weight")
+    except KeyError as error:
+        raise UserError(
+            f"Expected config.losses.{name} to have `term` and `weight`, found only "
+            f"{sorted(entry)}. Add {error}."
+        ) from error
+    term = TERMS[reference] if reference in TERMS else _import_term(name, reference)
+    accepted = inspect.signature(term).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    unknown = [] if takes_any else sorted(hyperparameters.keys() - accepted.keys())
+    if unknown:
+        raise UserError(
+            f"Expected config.losses.{name} to hold what {reference} takes "
+            f"({', '.join(list(accepted)[1:]) or 'nothing'}), found {unknown}. Remove "
+            "or rename them."
+        )
+    return term, weight, hyperparameters
+
+
+def _import_term(name: str, reference: str) -> LossTerm:
+    module, _, function = str(reference).partition(":")
+    if not function:
+        raise UserError(
+            f"Expected config.losses.{name}.term to be one of {', '.join(TERMS)}, or "
+            f"your own as module:function, found {reference!r}."
+        )
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"Expected config.losses.{name}.term = {reference!r} to be importable, "
+            f"found: {error}. Run from the folder that holds {module.split('.')[0]}, "
+            "or put it on PYTHONPATH."
+        ) from error

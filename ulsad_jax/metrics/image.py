@@ -1,0 +1,204 @@
+"""Image-level metrics: one label and one score an image.
+
+A label is 0 (normal) or 1 (anomalous), a larger score means more anomalous, and equal
+scores are one point of a curve. A metric that the labels leave undefined is NaN, with
+an `UndefinedMetricWarning`; never 0 or 1.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sklearn import metrics as sklearn_metrics
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Num, Shaped
+
+LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"  # MVTec LOCO's names
+
+
+class UndefinedMetricWarning(UserWarning):
+    """A metric is NaN because the data does not define it."""
+
+
+def auroc(labels: Num[np.ndarray, "n"], scores: Float[np.ndarray, "n"]) -> float:
+    """The area under the ROC curve (scikit-learn's `roc_auc_score`).
+
+    Args:
+        labels: 0 or 1.
+        scores: finite; larger means more anomalous.
+
+    Returns:
+        In [0, 1]; NaN unless both labels occur.
+
+    Raises:
+        ValueError: shapes that differ, another label, a score that is not finite.
+    """
+    labels, scores = _check(labels, scores)
+    if is_undefined("AUROC", labels, unit="image"):
+        return math.nan
+    return float(sklearn_metrics.roc_auc_score(labels, scores))
+
+
+def average_precision(
+    labels: Num[np.ndarray, "n"], scores: Float[np.ndarray, "n"]
+) -> float:
+    """Σ (R_k - R_{k-1}) P_k, a step sum (scikit-learn's `average_precision_score`).
+
+    Args, returned range and errors are those of `auroc`.
+    """
+    labels, scores = _check(labels, scores)
+    if is_undefined("Average precision", labels, unit="image"):
+        return math.nan
+    return float(sklearn_metrics.average_precision_score(labels, scores))
+
+
+def f1_max(
+    labels: Num[np.ndarray, "n"], scores: Float[np.ndarray, "n"]
+) -> tuple[float, float]:
+    """The largest F1 over all thresholds, and its threshold.
+
+    Args and errors are those of `auroc`.
+
+    Returns:
+        (F1 in [0, 1], t): `scores >= t` is called anomalous. t is one of the scores,
+        the largest if several thresholds are best. Both are NaN unless both labels
+        occur.
+    """
+    labels, scores = _check(labels, scores)
+    if is_undefined("F1-max", labels, unit="image"):
+        return math.nan, math.nan
+    order = np.argsort(scores)[::-1]
+    labels, scores = labels[order], scores[order]
+    ends = find_tie_ends(scores)
+    return find_best_f1(np.cumsum(labels)[ends], ends + 1, scores[ends])
+
+
+def by_type(
+    types: Sequence[str], scores: Float[np.ndarray, "n"], *, normal: str = "good"
+) -> dict[str, float]:
+    """The AUROC of each type of anomaly: all normal images against that type's.
+
+    Args:
+        types: n names; images of one type are all normal or all anomalous.
+        scores: finite; larger means more anomalous.
+        normal: the name of the normal type.
+
+    Returns:
+        Type of anomaly -> AUROC, sorted by name; all NaN without normal images.
+
+    Raises:
+        ValueError: shapes that differ, a score that is not finite.
+    """
+    types = np.asarray(types, dtype=str)
+    anomalous, scores = _check(types != normal, scores)
+    names = [str(name) for name in np.unique(types[anomalous])]
+    if names and is_undefined("AUROC by type", anomalous, unit="image"):
+        return dict.fromkeys(names, math.nan)
+    chosen = {name: ~anomalous | (types == name) for name in names}
+    return {name: auroc(anomalous[c], scores[c]) for name, c in chosen.items()}
+
+
+def loco_headline(aurocs: Mapping[str, float]) -> float:
+    """MVTec LOCO's headline: the mean AUROC of logical and structural anomalies.
+
+    Bergmann et al., "Beyond Dents and Scratches: Logical Constraints in Unsupervised
+    Anomaly Detection and Localization", IJCV 2022. The two count alike, however many
+    images each has.
+
+    Args:
+        aurocs: what `by_type` returns for a category of MVTec LOCO.
+
+    Returns:
+        In [0, 1]; NaN if one of the two is NaN or missing.
+    """
+    missing = [name for name in (LOGICAL, STRUCTURAL) if name not in aurocs]
+    if missing:
+        warnings.warn(
+            f"The mean of logical and structural AUROC is undefined and set to NaN: "
+            f"it needs {LOGICAL!r} and {STRUCTURAL!r}, found {sorted(aurocs)}.",
+            UndefinedMetricWarning,
+            stacklevel=2,
+        )
+        return math.nan
+    return 0.5 * (aurocs[LOGICAL] + aurocs[STRUCTURAL])
+
+
+def is_undefined(metric: str, positive: Bool[np.ndarray, "..."], *, unit: str) -> bool:
+    """Whether one of the two classes is empty; if so, warns at the caller's caller.
+
+    Args:
+        metric: what the warning calls undefined.
+        positive: whether each image or pixel is anomalous.
+        unit: "image" or "pixel".
+    """
+    count = int(np.count_nonzero(positive))
+    if 0 < count < positive.size:
+        return False
+    warnings.warn(
+        f"{metric} is undefined and set to NaN: it needs anomalous and normal "
+        f"{unit}s, found {count} and {positive.size - count}.",
+        UndefinedMetricWarning,
+        stacklevel=3,
+    )
+    return True
+
+
+def check_finite(scores: Num[np.ndarray, "..."]) -> None:
+    """Raises a ValueError that counts the scores that are NaN or infinite."""
+    finite = np.isfinite(scores)
+    if finite.all():
+        return
+    first = tuple(int(i) for i in np.argwhere(~finite)[0])
+    raise ValueError(
+        f"Expected finite scores, found {np.count_nonzero(~finite)} of {scores.size} "
+        f"NaN or infinite, the first at index {first[0] if len(first) == 1 else first}."
+    )
+
+
+def find_tie_ends(descending: Num[np.ndarray, "n"]) -> Int[np.ndarray, "k"]:
+    """The index of the last of each run of equal scores; n >= 1."""
+    changes = np.flatnonzero(descending[1:] != descending[:-1])
+    return np.append(changes, descending.size - 1)
+
+
+def find_best_f1(
+    true_positives: Int[np.ndarray, "k"],
+    predicted: Int[np.ndarray, "k"],
+    thresholds: Num[np.ndarray, "k"],
+) -> tuple[float, float]:
+    """The largest F1 and the first threshold that reaches it.
+
+    Args:
+        true_positives: of each threshold; the last calls everything anomalous.
+        predicted: how many each threshold calls anomalous.
+        thresholds: descending.
+    """
+    # 2 TP / (2 TP + FP + FN). A quotient of integers: equal F1 are equal floats.
+    f1 = 2 * true_positives / (predicted + true_positives[-1])
+    best = np.argmax(f1)
+    return float(f1[best]), float(thresholds[best])
+
+
+def _check(
+    labels: Shaped[np.ndarray, "n"], scores: Num[np.ndarray, "n"]
+) -> tuple[Bool[np.ndarray, "n"], Num[np.ndarray, "n"]]:
+    """Checks what the public functions are given."""
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise ValueError(
+            f"Expected one label and one score an image, found labels of shape "
+            f"{labels.shape} and scores of shape {scores.shape}."
+        )
+    check_finite(scores)
+    wrong = np.flatnonzero((labels != 0) & (labels != 1))
+    if wrong.size:
+        raise ValueError(
+            f"Expected labels 0 (normal) or 1 (anomalous), found "
+            f"{labels[wrong[0]].item()!r} at index {wrong[0]}."
+        )
+    return labels == 1, scores

@@ -1,0 +1,190 @@
+"""Pixel-level metrics over all pixels of all test images, normal images included.
+
+A larger value of a map means more anomalous, and equal values are one point of a
+curve. Everything comes from one descending sort of all pixels, O(N log N), without
+binning or resampling. A metric that the masks leave undefined is NaN, with an
+`UndefinedMetricWarning`; never 0 or 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from ulsad_jax.metrics.image import (
+    check_finite,
+    find_best_f1,
+    find_tie_ends,
+    is_undefined,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Num
+
+NAMES = ("auroc", "average_precision", "f1_max", "f1_max_threshold", "aupro")
+
+
+def pixel_metrics(
+    masks: Bool[np.ndarray, "n h w"],
+    maps: Float[np.ndarray, "n h w"],
+    *,
+    fpr_limit: float = 0.3,
+) -> dict[str, float]:
+    """All pixel-level metrics from one sort.
+
+    Args:
+        masks: whether each pixel is defective; all False for a normal image.
+        maps: finite; larger means more anomalous.
+        fpr_limit: where the integral of `aupro` ends, in (0, 1].
+
+    Returns:
+        `auroc`, `average_precision` (a step sum), `f1_max`, its `f1_max_threshold` t
+        (`maps >= t` is called defective; the largest t if several are best), as
+        scikit-learn defines them on the flattened pixels, and `aupro`. All are NaN
+        unless there are both defective and normal pixels.
+
+    Raises:
+        ValueError: see `aupro`.
+    """
+    masks, maps = _check(masks, maps, fpr_limit)
+    if is_undefined(f"Each of {', '.join(NAMES)}", masks, unit="pixel"):
+        return dict.fromkeys(NAMES, math.nan)
+    curve = _sweep(masks, maps)
+    f1, threshold = find_best_f1(
+        curve.true_positives, curve.predicted, curve.thresholds
+    )
+    return {
+        "auroc": _area(curve),
+        "average_precision": _average_precision(curve),
+        "f1_max": f1,
+        "f1_max_threshold": threshold,
+        "aupro": _area_under_pro(curve, fpr_limit),
+    }
+
+
+def aupro(
+    masks: Bool[np.ndarray, "n h w"],
+    maps: Float[np.ndarray, "n h w"],
+    *,
+    fpr_limit: float = 0.3,
+) -> float:
+    """The area under the per-region-overlap curve, exactly.
+
+    Bergmann et al., "The MVTec Anomaly Detection Dataset: A Comprehensive Real-World
+    Dataset for Unsupervised Anomaly Detection", IJCV 2021. A region is an 8-connected
+    component of a mask. At a threshold t, PRO is the mean over all regions of the
+    share of the region with map >= t, and FPR the share of all normal pixels with
+    map >= t. The curve starts at (0, 0), is linear between thresholds, and its area
+    up to `fpr_limit` is divided by `fpr_limit`.
+
+    Args:
+        masks: whether each pixel is defective; all False for a normal image.
+        maps: finite; larger means more anomalous.
+        fpr_limit: where the integral ends, in (0, 1].
+
+    Returns:
+        In [0, 1]; NaN unless there are both defective and normal pixels.
+
+    Raises:
+        ValueError: shapes that differ, masks that are not boolean, a value of a map
+            that is not finite, a limit outside (0, 1].
+    """
+    masks, maps = _check(masks, maps, fpr_limit)
+    if is_undefined("AUPRO", masks, unit="pixel"):
+        return math.nan
+    return _area_under_pro(_sweep(masks, maps), fpr_limit)
+
+
+class _Curve(NamedTuple):
+    """What holds at each distinct threshold, the largest first.
+
+    Attributes:
+        thresholds: distinct values of the maps.
+        true_positives: how many defective pixels are >= the threshold.
+        predicted: how many pixels are.
+        pro: the mean over regions of the share of the region that is.
+    """
+
+    thresholds: Num[np.ndarray, "k"]
+    true_positives: Int[np.ndarray, "k"]
+    predicted: Int[np.ndarray, "k"]
+    pro: Float[np.ndarray, "k"]
+
+
+def _sweep(masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"]) -> _Curve:
+    """Lowers the threshold through all values; there is at least one region."""
+    order = np.argsort(maps, axis=None)[::-1]  # reversed, as -maps wraps unsigned
+    descending = maps.ravel()[order]
+    ends = find_tie_ends(descending)
+    weights = _weigh_regions(masks).ravel()[order]
+    # The weights add up to the number of regions, so that dividing by the last sum
+    # gives the mean, and an end of exactly 1.
+    pro = np.cumsum(weights)[ends]
+    return _Curve(
+        thresholds=descending[ends],
+        true_positives=np.cumsum(weights > 0)[ends],
+        predicted=ends + 1,
+        pro=pro / pro[-1],
+    )
+
+
+def _weigh_regions(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:
+    """1 / (size of its region) at a defective pixel, 0 at a normal one."""
+    weights = np.zeros(masks.shape)
+    for i in np.flatnonzero(masks.any(axis=(1, 2))):
+        regions, _ = ndimage.label(masks[i], structure=np.ones((3, 3)))
+        weight = 1 / np.maximum(np.bincount(regions.ravel()), 1)  # 0: normal pixels
+        weight[0] = 0
+        weights[i] = weight[regions]
+    return weights
+
+
+def _area(curve: _Curve) -> float:
+    """The area under the ROC curve; counts until the end, for exact sums."""
+    false_positives = curve.predicted - curve.true_positives
+    area = np.trapezoid(
+        np.append(0, curve.true_positives), np.append(0, false_positives)
+    )
+    return float(area / curve.true_positives[-1] / false_positives[-1])
+
+
+def _average_precision(curve: _Curve) -> float:
+    """Σ (R_k - R_{k-1}) P_k."""
+    precision = curve.true_positives / curve.predicted
+    gained = np.diff(curve.true_positives, prepend=0)
+    return float(gained @ precision / curve.true_positives[-1])
+
+
+def _area_under_pro(curve: _Curve, fpr_limit: float) -> float:
+    """The area under PRO over FPR up to the limit, divided by it."""
+    false_positives = curve.predicted - curve.true_positives
+    fpr = np.append(0, false_positives / false_positives[-1])
+    pro = np.append(0, curve.pro)
+    inside = np.searchsorted(fpr, fpr_limit, side="right")
+    around = slice(inside - 1, inside + 1)
+    end = np.interp(fpr_limit, fpr[around], pro[around])
+    area = np.trapezoid(
+        np.append(pro[:inside], end), np.append(fpr[:inside], fpr_limit)
+    )
+    return float(area / fpr_limit)
+
+
+def _check(
+    masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"], fpr_limit: float
+) -> tuple[Bool[np.ndarray, "n h w"], Num[np.ndarray, "n h w"]]:
+    """Checks what the public functions are given."""
+    masks, maps = np.asarray(masks), np.asarray(maps)
+    if masks.ndim != 3 or masks.shape != maps.shape:
+        raise ValueError(
+            f"Expected masks and maps of one shape [n, h, w], found {masks.shape} and "
+            f"{maps.shape}."
+        )
+    if masks.dtype != bool:
+        raise ValueError(f"Expected boolean masks, found {masks.dtype}.")
+    if not 0 < fpr_limit <= 1:
+        raise ValueError(f"Expected fpr_limit in (0, 1], found {fpr_limit}.")
+    check_finite(maps)
+    return masks, maps

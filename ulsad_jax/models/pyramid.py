@@ -1,0 +1,58 @@
+"""The frozen feature pyramid: what the reconstructors have to reproduce."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ulsad_jax.models.layers import normalize_image, resize
+from ulsad_jax.models.resnet import ResNet
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt8
+
+FEATURE_CHANNELS = 384
+
+
+class FeaturePyramid(nn.Module):
+    """layer2 and layer3 of a trunk on one grid, pooled to 384 channels.
+
+    Attributes:
+        architecture: of the trunk, a key of `resnet.ARCHITECTURES`.
+        dtype: computation type of the trunk.
+    """
+
+    architecture: str
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        """Makes the trunk."""
+        self.trunk = ResNet(self.architecture, self.dtype)
+
+    def __call__(
+        self, image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
+    ) -> Float[Array, "b h/8 w/8 384"]:
+        """Returns features in float32, not standardised."""
+        layer2, layer3 = self.trunk(normalize_image(image))
+        layer3 = resize(layer3.astype(jnp.float32), layer2.shape[1:3])
+        features = jnp.concatenate([layer2.astype(jnp.float32), layer3], axis=-1)
+        return pool_channels(features, FEATURE_CHANNELS)
+
+
+def pool_channels(x: Float[Array, "b h w c"], bins: int) -> Float[Array, "b h w bins"]:
+    """Averages neighbouring channels (PyTorch's `adaptive_avg_pool1d` over them).
+
+    Bin i covers the channels floor(i * c / bins) up to ceil((i + 1) * c / bins).
+    """
+    channels = x.shape[-1]
+    if channels % bins == 0:
+        return x.reshape(*x.shape[:-1], bins, channels // bins).mean(-1)
+    matrix = np.zeros((channels, bins), np.float32)
+    for i in range(bins):
+        start, end = i * channels // bins, -(-(i + 1) * channels // bins)
+        matrix[start:end, i] = 1.0 / (end - start)
+    return jnp.matmul(x, matrix, precision="highest")

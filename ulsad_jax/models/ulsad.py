@@ -1,0 +1,75 @@
+"""ULSAD: the trained networks together, and the names of what they return."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from ulsad_jax.models.autoencoder import GlobalAutoencoder
+from ulsad_jax.models.local import LocalReconstructor
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt8
+
+
+class Outputs(TypedDict):
+    """What loss terms and scores are made of; each is [b, h/8, w/8, c], float32.
+
+    Attributes:
+        features: x, the standardised features of the image (constant).
+        local: r, the local reconstruction of x.
+        predicted_global: p, the local network's prediction of g.
+        global_: g, the global autoencoder's output.
+    """
+
+    features: jax.Array
+    local: jax.Array
+    predicted_global: jax.Array
+    global_: jax.Array
+
+
+class Ulsad(nn.Module):
+    """The local reconstructor and the global autoencoder.
+
+    Attributes:
+        local_width: see `LocalReconstructor.width`.
+        output_activation: see `LocalReconstructor.output_activation`.
+        dtype: computation type of both networks.
+    """
+
+    local_width: int = 1536
+    output_activation: str = "relu"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        features: Float[Array, "b h/8 w/8 c"],
+        image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"],
+        *,
+        train: bool,
+    ) -> Outputs:
+        """Runs both networks.
+
+        Args:
+            features: standardised features of the image.
+            image: uint8 in 0..255 or float in 0..1.
+            train: batch norm by the batch; `batch_stats` must then be mutable.
+        """
+        channels = features.shape[-1]
+        local = LocalReconstructor(
+            self.local_width, self.output_activation, self.dtype, name="local"
+        )(features, train=train)
+        global_ = GlobalAutoencoder(channels, self.dtype, name="global")(
+            image, train=train
+        )
+        return Outputs(
+            features=features,
+            local=local[..., :channels],
+            predicted_global=local[..., channels:],
+            global_=global_,
+        )

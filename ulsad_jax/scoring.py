@@ -1,0 +1,154 @@
+"""From the networks' outputs to anomaly maps and image scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ulsad_jax.losses import distance
+from ulsad_jax.models.layers import resize_matrix
+from ulsad_jax.models.ulsad import Outputs
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+BLUR_SIGMA = 4.0
+BLUR_RADIUS = 16
+LOW_QUANTILE, HIGH_QUANTILE = 0.9, 0.995
+
+
+class Maps(NamedTuple):
+    """Anomaly maps at image size, [b, h, w] float32, larger is more anomalous.
+
+    Attributes:
+        local: how badly the features are reconstructed (structural anomalies).
+        global_: where local prediction and global output disagree (logical ones).
+    """
+
+    local: jax.Array
+    global_: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The affine maps that make local and global maps comparable.
+
+    A calibrated map is (map - offset) * scale: 0 at the 0.9 quantile of validation
+    normals, 0.1 at their 0.995 quantile.
+
+    Attributes:
+        local_offset: of the local map.
+        local_scale: of the local map.
+        global_offset: of the global map.
+        global_scale: of the global map.
+        display_low: the fused value drawn coldest, in every picture of a run.
+        display_high: the fused value drawn hottest.
+    """
+
+    local_offset: float = 0.0
+    local_scale: float = 1.0
+    global_offset: float = 0.0
+    global_scale: float = 1.0
+    display_low: float = 0.0
+    display_high: float = 1.0
+
+
+def raw_maps(
+    outputs: Outputs, image_size: tuple[int, int], *, cosine_weight: float = 0.5
+) -> Maps:
+    """Maps before calibration: d(x, r) and d(g, p), enlarged and blurred.
+
+    Args:
+        outputs: of the networks, not in training mode.
+        image_size: (height, width) of the maps.
+        cosine_weight: lambda of both distances.
+    """
+    local = distance(outputs["features"], outputs["local"], cosine_weight=cosine_weight)
+    global_ = distance(
+        outputs["global_"], outputs["predicted_global"], cosine_weight=cosine_weight
+    )
+    return Maps(*(enlarge_and_blur(m, image_size) for m in (local, global_)))
+
+
+def enlarge_and_blur(
+    maps: Float[Array, "b h w"], size: tuple[int, int]
+) -> Float[Array, "b height width"]:
+    """Bilinear resize to `size`, then a Gaussian blur (sigma 4, 33 x 33, reflected).
+
+    Both act on each axis apart and are linear: together, one matrix an axis.
+    """
+    rows = _enlarge_and_blur_matrix(maps.shape[1], size[0])
+    columns = _enlarge_and_blur_matrix(maps.shape[2], size[1])
+    return jnp.einsum(
+        "Hh,bhw,Ww->bHW", rows, maps, columns, precision="highest", optimize="optimal"
+    )
+
+
+def fuse(maps: Maps, calibration: Calibration) -> Float[Array, "b h w"]:
+    """The anomaly map: half the calibrated local plus half the global map."""
+    local, global_ = calibrate_maps(maps, calibration)
+    return 0.5 * local + 0.5 * global_
+
+
+def calibrate_maps(maps: Maps, calibration: Calibration) -> Maps:
+    """Applies the calibration to both maps."""
+    c = calibration
+    return Maps(
+        (maps.local - c.local_offset) * c.local_scale,
+        (maps.global_ - c.global_offset) * c.global_scale,
+    )
+
+
+def image_score(anomaly_map: Float[Array, "b h w"]) -> Float[Array, " b"]:
+    """An image's score: the maximum of its map."""
+    return anomaly_map.max((1, 2))
+
+
+def calibrate(
+    local: Float[np.ndarray, "n h w"],
+    global_: Float[np.ndarray, "n h w"],
+    *,
+    method: str,
+) -> Calibration:
+    """Measures the calibration on the raw maps of validation normals.
+
+    Args:
+        local: their raw local maps.
+        global_: their raw global maps.
+        method: "quantile", or "none" for the plain average of raw maps.
+
+    Returns:
+        The calibration. Its display range runs from the normals' median to twice
+        their highest value above it, so that normal images look cold.
+    """
+    affine = {}
+    if method == "quantile":
+        for name, values in (("local", local), ("global", global_)):
+            low, high = np.quantile(values, (LOW_QUANTILE, HIGH_QUANTILE))
+            affine[f"{name}_offset"] = float(low)
+            # Maps that are one constant carry nothing to scale by.
+            affine[f"{name}_scale"] = float(0.1 / (high - low)) if high > low else 1.0
+    calibration = Calibration(**affine)
+    fused = np.asarray(fuse(Maps(local, global_), calibration))
+    low, high = float(np.median(fused)), float(fused.max())
+    return dataclasses.replace(
+        calibration, display_low=low, display_high=low + 2 * max(high - low, 1e-6)
+    )
+
+
+@functools.lru_cache
+def _enlarge_and_blur_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "n_out n_in"]:
+    offsets = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+    kernel = np.exp(-0.5 * (offsets / BLUR_SIGMA) ** 2)
+    kernel /= kernel.sum()
+    # np.pad's "reflect" does not repeat the edge, like PyTorch's.
+    source = np.pad(np.arange(n_out), BLUR_RADIUS, mode="reflect")
+    blur = np.zeros((n_out, n_out))
+    for row in range(n_out):
+        np.add.at(blur[row], source[row : row + kernel.size], kernel)
+    return (blur @ resize_matrix(n_in, n_out)).astype(np.float32)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 NORMAL, ANOMALOUS = 0, 1
 GOOD = "good"  # the type of every normal image, whatever its folder is called
+ANOMALY = "anomaly"  # the type where a data set does not say which kind it is
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -203,6 +205,62 @@ def list_folders(folder: Path) -> list[Path]:
     )
 
 
+def list_categories(root: Path) -> list[str]:
+    """The folders of `root` that are laid out as `<category>/train`."""
+    return [f.name for f in list_folders(root) if (f / TRAIN).is_dir()]
+
+
+def list_records(folder: Path, *, normal: Collection[str] = (GOOD,)) -> list[Record]:
+    """The images of `folder/<split>/<type>/`, without masks.
+
+    Args:
+        folder: a category's folder.
+        normal: what folders of normal images are called, in lower case.
+    """
+    return [
+        Record(image, split, GOOD if sub.name.lower() in normal else sub.name)
+        for split in SPLITS
+        for sub in list_folders(folder / split)
+        for image in list_images(sub)
+    ]
+
+
+def add_masks(
+    records: Iterable[Record], ground_truth: Path, *, endings: Collection[str]
+) -> list[Record]:
+    """Gives anomalous records the mask `ground_truth/<type>/<stem><ending>.<any>`.
+
+    A record whose mask is not there stays without.
+
+    Raises:
+        UserError: several files could be the mask of one image.
+    """
+    folders: dict[Path, dict[str, list[Path]]] = {}
+    found = []
+    for record in records:
+        if record.label == ANOMALOUS:
+            folder = ground_truth / record.image.parent.name
+            if folder not in folders:
+                folders[folder] = _by_stem(list_images(folder))
+            stems = (record.image.stem + ending for ending in endings)
+            paths = [path for stem in stems for path in folders[folder].get(stem, ())]
+            if len(paths) > 1:
+                raise UserError(
+                    f"Expected one mask for {record.image}, found {len(paths)} in "
+                    f"{folder}: {', '.join(path.name for path in paths)}. Keep one."
+                )
+            record = dataclasses.replace(record, masks=tuple(map(Mask, paths)))
+        found.append(record)
+    return found
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    stems = defaultdict(list)
+    for path in paths:
+        stems[path.stem].append(path)
+    return stems
+
+
 def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
     """Reads an image file as 8-bit RGB.
 
@@ -233,8 +291,8 @@ def read_mask(
             not exactly one non-zero value or one that `defects_config.json` lacks.
     """
     image = _open(mask.path)
-    if image.mode in ("P", "PA", "LA"):
-        image = image.convert("L")  # the palette's colours, without transparency
+    if image.mode in ("1", "P", "PA", "LA"):
+        image = image.convert("L")  # 0 to 255; the palette's colours; no transparency
     values = np.asarray(image)
     if values.ndim == 3:
         values = values[..., :3].max(axis=-1)  # a grey mask stored as RGB or RGBA

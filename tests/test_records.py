@@ -1,0 +1,263 @@
+"""Records: checks, the hold-out, reading images and masks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import trees
+from ulsad_jax.data.records import (
+    ANOMALOUS,
+    NORMAL,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Mask,
+    Record,
+    Saturation,
+    check,
+    fingerprint,
+    hold_out,
+    read_image,
+    read_mask,
+)
+from ulsad_jax.errors import UserError
+
+GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+ROOT = Path("data")
+
+
+def save(array, path, mode=None):
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path)
+    return path
+
+
+# read_image
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "tiff", "PNG"])
+def test_read_grey(tmp_path, ending):
+    found = read_image(save(GREY, tmp_path / f"a.{ending}"))
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.stack([GREY] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "webp"])
+def test_read_lossy(tmp_path, ending):
+    found = read_image(
+        save(np.full((8, 6, 3), 200, np.uint8), tmp_path / f"a.{ending}")
+    )
+    assert found.shape == (8, 6, 3)
+    assert np.abs(found.astype(int) - 200).max() <= 2
+
+
+def test_read_rgba_drops_transparency(tmp_path):
+    rgba = np.stack([GREY, GREY + 5, GREY + 9, 255 - GREY], axis=-1)
+    np.testing.assert_array_equal(
+        read_image(save(rgba, tmp_path / "a.png")), rgba[..., :3]
+    )
+
+
+def test_read_palette(tmp_path):
+    image = Image.fromarray(GREY // 20 % 2).convert("P")
+    image.putpalette([10, 20, 30, 200, 150, 100])
+    image.save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode == "P"
+    found = read_image(tmp_path / "a.png")
+    assert found[0, 0].tolist() == [10, 20, 30]
+    assert found[0, 1].tolist() == [200, 150, 100]
+
+
+@pytest.mark.parametrize("mode", ["1", "LA"])
+def test_read_other_modes(tmp_path, mode):
+    pixels = np.where(GREY > 100, np.uint8(255), np.uint8(0))
+    found = read_image(save(pixels, tmp_path / "a.png", mode))
+    np.testing.assert_array_equal(found[..., 1], pixels)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("kind", ["<u2", ">u2"])
+def test_read_16_bit(tmp_path, ending, kind):
+    values = np.array([[0, 257, 1000], [32768, 65000, 65535]])
+    path = save(values.astype(kind), tmp_path / f"a.{ending}")
+    expected = np.round(values / 257)
+    np.testing.assert_array_equal(read_image(path)[..., 0], expected)
+    np.testing.assert_array_equal(read_image(path)[..., 2], expected)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp"])
+def test_read_truncated(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    trees.write_image(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"readable image file, found .*a.{ending}"):
+        read_image(path)
+
+
+def test_read_what_is_no_image(tmp_path):
+    (tmp_path / "a.png").write_text("version https://example.org")
+    (tmp_path / "b.png").write_bytes(b"")
+    for name in ("a.png", "b.png", "none.png"):
+        with pytest.raises(UserError, match=rf"found .*{name}.*Replace or remove"):
+            read_image(tmp_path / name)
+
+
+# read_mask
+
+
+def test_read_mask_above(tmp_path):
+    path = save(GREY, tmp_path / "m.png")
+    found, saturation = read_mask(Mask(path), size=(3, 4))
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, GREY > 0)
+    assert saturation == Saturation()
+    found, _ = read_mask(Mask(path, above=127), size=(3, 4))
+    np.testing.assert_array_equal(found, GREY > 127)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_read_mask_of_any_mode(tmp_path, mode):
+    pixels = np.where(GREY > 100, np.uint8(255), np.uint8(0))
+    path = save(pixels, tmp_path / "m.png", mode)
+    for above in (0, 127):
+        found, _ = read_mask(Mask(path, above=above), size=(3, 4))
+        np.testing.assert_array_equal(found, pixels > 0)
+
+
+def test_read_mask_of_another_size(tmp_path):
+    path = save(GREY, tmp_path / "m.png")
+    with pytest.raises(UserError, match=r"m.png .*40 x 32 .*found 4 x 3"):
+        read_mask(Mask(path), size=trees.SIZE)
+
+
+def test_read_loco_mask(tmp_path):
+    rules = {255: Saturation("a", 60, False), 254: Saturation("b")}
+    path = tmp_path / "000.png"
+    trees.write_mask(path, value=254)
+    found, saturation = read_mask(Mask(path, saturations=rules), size=trees.SIZE)
+    assert found.sum() == 80
+    assert saturation == rules[254]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"), [([7], r"\[7\]"), ([254, 255], r"\[254, 255\]"), ([], r"\[\]")]
+)
+def test_read_loco_mask_of_unknown_value(tmp_path, values, found):
+    rules = {255: Saturation(), 254: Saturation()}
+    pixels = np.zeros((3, 4), np.uint8)
+    pixels[0, : len(values)] = values
+    path = save(pixels, tmp_path / "000.png")
+    with pytest.raises(UserError, match=rf"000.png .*\[254, 255\].*values {found}"):
+        read_mask(Mask(path, saturations=rules), size=(3, 4))
+
+
+# hold_out
+
+
+def grouped(sizes):
+    return [
+        Record(ROOT / f"{i}_{j}.png", TRAIN, group=f"g{i}")
+        for i, size in enumerate(sizes)
+        for j in range(size)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [6, 1], [3, 3, 3], [1] * 30, [6] * 20])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 1.0])
+def test_hold_out(sizes, fraction):
+    for seed in range(10):
+        records = grouped(sizes)
+        kept, held = hold_out(records, fraction=fraction, seed=seed)
+        assert kept and held
+        assert {r.group for r in kept}.isdisjoint(r.group for r in held)
+        assert sorted(kept + held, key=records.index) == records
+        if fraction <= 0.5 and len(sizes) > 2:
+            overshoot = len(held) - max(1, fraction * len(records))
+            assert 0 <= overshoot < max(sizes)
+
+
+def test_hold_out_without_groups():
+    records = [Record(ROOT / f"{i}.png", TRAIN) for i in range(10)]
+    kept, held = hold_out(records, fraction=0.2, seed=1)
+    assert (len(kept), len(held)) == (8, 2)
+    assert hold_out(records[::-1], fraction=0.2, seed=1)[1] == held[::-1]
+    others = [hold_out(records, fraction=0.2, seed=s)[1] for s in range(2, 8)]
+    assert any(other != held for other in others)
+
+
+@pytest.mark.parametrize("sizes", [[], [6]])
+def test_hold_out_of_one_object(sizes):
+    with pytest.raises(UserError, match="at least two objects"):
+        hold_out(grouped(sizes), fraction=0.2, seed=0)
+
+
+# check
+
+
+def test_record():
+    normal, bad = Record(ROOT / "a.b.png", TRAIN), Record(ROOT / "c.png", TEST, "cut")
+    assert (normal.label, normal.name) == (NORMAL, "good/a.b")
+    assert (bad.label, bad.name) == (ANOMALOUS, "cut/c")
+
+
+def test_check_sorts():
+    records = [
+        Record(ROOT / "1.png", TEST, "cut"),
+        Record(ROOT / "2.png", TEST),
+        Record(ROOT / "9.png", VALIDATION),
+        Record(ROOT / "5.png", TRAIN),
+        Record(ROOT / "4.png", TRAIN),
+    ]
+    assert [r.image.stem for r in check(records, ROOT)] == ["4", "5", "9", "2", "1"]
+
+
+def test_check_without_training_images():
+    with pytest.raises(UserError, match=r"training images under data, found none"):
+        check([Record(ROOT / "1.png", TEST)], ROOT)
+
+
+@pytest.mark.parametrize("split", [TRAIN, VALIDATION])
+def test_check_anomalous_outside_the_test_split(split):
+    records = [Record(ROOT / "1.png", TRAIN), Record(ROOT / "2.png", split, "cut")]
+    with pytest.raises(UserError, match=rf"in the {split} split, found .*'cut'"):
+        check(records, ROOT)
+
+
+def test_check_one_name_twice():
+    records = [Record(ROOT / "1.png", TRAIN), Record(ROOT / "1.jpg", TRAIN)]
+    with pytest.raises(UserError, match=r"'good/1' .*1.png and .*1.jpg"):
+        check(records, ROOT)
+    check([records[0], Record(ROOT / "1.jpg", TEST)], ROOT)
+
+
+# fingerprint
+
+
+def test_fingerprint(tmp_path):
+    image, mask = tmp_path / "a.png", tmp_path / "m.png"
+    trees.write_image(image)
+    trees.write_mask(mask)
+    records = [Record(image, TEST, "cut", (Mask(mask),))]
+    first = fingerprint(records)
+    assert fingerprint(records) == first
+    assert fingerprint([Record(image, TEST, "cut")]) != first
+    assert fingerprint([Record(image, TEST, "dent", (Mask(mask),))]) != first
+    for path in (image, mask):
+        before = fingerprint(records)
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+        assert fingerprint(records) != before
+    before, status = fingerprint(records), image.stat()
+    image.write_bytes(image.read_bytes() + b"x")
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert fingerprint(records) != before  # by its size alone
+
+
+def test_fingerprint_of_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"a.png, found nothing there"):
+        fingerprint([Record(tmp_path / "a.png", TRAIN)])

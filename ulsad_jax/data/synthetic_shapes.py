@@ -1,0 +1,430 @@
+"""The parts of a rendered product scene: shapes by signed distance, and their view.
+
+World coordinates have their origin in the picture's centre, x right, y down; the
+picture's shorter side is one unit long, so a scene looks alike at every resolution.
+A shape is drawn in its own frame: u along its axis, v across, distances negative
+inside. Heights are in world units, so shading does not depend on resolution either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float32
+
+    Field = Float32[np.ndarray, "h w"]
+    Picture = Float32[np.ndarray, "h w 3"]
+
+Colour = tuple[float, float, float]
+
+_STEEL: Colour = (0.66, 0.67, 0.69)
+_DARK: Colour = (0.10, 0.10, 0.11)
+_PAPER: Colour = (0.90, 0.89, 0.86)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """From the world to the pixels of a picture.
+
+    Attributes:
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
+        zoom: 1 shows exactly one unit along the shorter side.
+        angle: the camera's roll in radians.
+        x: where the world's origin lies, in units right of the picture's centre.
+        y: the same, downwards.
+    """
+
+    height: int
+    width: int
+    zoom: float = 1.0
+    angle: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """Pixels per world unit."""
+        return min(self.height, self.width) * self.zoom
+
+    def finer(self, factor: int) -> View:
+        """The same view with `factor` times as many pixels a side."""
+        return dataclasses.replace(
+            self, height=self.height * factor, width=self.width * factor
+        )
+
+    def window(
+        self, x: float, y: float, angle: float, half_u: float, half_v: float
+    ) -> tuple[tuple[slice, slice], Field, Field]:
+        """The pixels around a posed box, and their coordinates in the box's frame.
+
+        Returns:
+            (rows, columns), u, v: u and v of the window's shape, possibly empty.
+        """
+        c, s = math.cos(self.angle), math.sin(self.angle)
+        short = min(self.height, self.width)
+        px = self.width / 2 + self.scale * (c * x - s * y) + short * self.x
+        py = self.height / 2 + self.scale * (s * x + c * y) + short * self.y
+        c, s = math.cos(self.angle + angle), math.sin(self.angle + angle)
+        rx = self.scale * (abs(c) * half_u + abs(s) * half_v)
+        ry = self.scale * (abs(s) * half_u + abs(c) * half_v)
+        rows = _range(py - ry, py + ry, self.height)
+        columns = _range(px - rx, px + rx, self.width)
+        dy = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5 - py
+        dx = np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5 - px
+        u = (c * dx + s * dy) / self.scale
+        v = (c * dy - s * dx) / self.scale
+        return (rows, columns), u.astype(np.float32), v.astype(np.float32)
+
+
+def _range(low: float, high: float, size: int) -> slice:
+    start = min(max(math.floor(low), 0), size)
+    return slice(start, max(start, min(math.ceil(high), size)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """A change of a part's geometry, in the part's frame.
+
+    Attributes:
+        kind: "bend" (beyond `u` the axis curves away, `size` at the end) or "chip"
+            (a jagged bite of radius `size` around (u, v)).
+        u: see `kind`.
+        v: see `kind`; unused by a bend.
+        size: see `kind`; signed for a bend.
+        phase: turns the bite's jagged outline.
+    """
+
+    kind: str
+    u: float
+    v: float
+    size: float
+    phase: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Something that lies in the scene.
+
+    Attributes:
+        type: what it is, for the rules ("long_screw").
+        cell: the compartment it lies in.
+        shape: a key of `SHAPES`.
+        x: centre.
+        y: centre.
+        angle: of its axis, radians.
+        length: along its axis.
+        width: across.
+        colours: as the shape needs them.
+        tint: this piece's deviation from `colours`, a factor.
+        detail: what else the shape needs.
+        damage: a structural defect of its geometry.
+    """
+
+    type: str
+    cell: str
+    shape: str
+    x: float
+    y: float
+    angle: float
+    length: float
+    width: float
+    colours: tuple[Colour, ...] = (_STEEL,)
+    tint: Colour = (1.0, 1.0, 1.0)
+    detail: tuple[float, ...] = ()
+    damage: Damage | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Surface:
+    """A shape evaluated on a window: signed distance, height, colour and gloss."""
+
+    distance: Field
+    height: Field
+    colour: Picture
+    gloss: float
+
+
+# Signed distances -----------------------------------------------------------
+
+
+def box(u: Field, v: Field, half_u: float, half_v: float, radius: float) -> Field:
+    """Distance to a rectangle with rounded corners."""
+    a, b = np.abs(u) - (half_u - radius), np.abs(v) - (half_v - radius)
+    outside = np.hypot(np.maximum(a, 0), np.maximum(b, 0))
+    return outside + np.minimum(np.maximum(a, b), 0) - radius
+
+
+def dome(distance: Field, width: float) -> Field:
+    """A quarter-round edge of `width`, flat further inside."""
+    t = np.clip(1 + distance / width, 0, 1)
+    return width * np.sqrt(1 - t * t)
+
+
+def _tube(offset: Field, radius: Field | float) -> Field:
+    return np.sqrt(np.maximum(radius * radius - offset * offset, 0))
+
+
+def _mix(colour: Picture, other: Colour, weight: Field) -> Picture:
+    w = np.clip(weight, 0, 1)[..., None]
+    return colour + w * (np.asarray(other, np.float32) - colour)
+
+
+def _flat(u: Field, colour: Colour) -> Picture:
+    return np.broadcast_to(np.asarray(colour, np.float32), (*u.shape, 3))
+
+
+def inside(distance: Field, px: float) -> Field:
+    """Soft indicator of distance < 0; its edge is one pixel of `px` units wide."""
+    return np.clip(0.5 - distance / px, 0, 1)
+
+
+# Shapes ---------------------------------------------------------------------
+
+
+def _screw(u: Field, v: Field, part: Part, px: float) -> Surface:
+    length, w = part.length, part.width
+    head = box(u + length / 2 - 0.2 * w, v, 0.2 * w, w / 2, 0.14 * w)
+    taper = np.clip((length / 2 - u) / (0.7 * w), 0.05, 1)
+    thread = np.sin((u + 0.2 * v) * (2 * math.pi / (0.27 * w)))
+    radius = 0.27 * w * taper * (1 + 0.06 * thread)
+    neck = -length / 2 + 0.3 * w
+    shaft = np.maximum(np.abs(v) - radius, np.maximum(neck - u, u - length / 2))
+    rise = np.maximum(dome(head, 0.2 * w), _tube(v, radius) * (1 + 0.1 * thread))
+    groove = 0.22 * np.clip(-thread, 0, 1) * (head > 0)
+    colour = _mix(_flat(u, part.colours[0]), _DARK, groove)
+    return Surface(np.minimum(head, shaft), rise, colour, 0.8)
+
+
+def _pin(u: Field, v: Field, part: Part, px: float) -> Surface:
+    length, w = part.length, part.width
+    distance = box(u, v, length / 2, w / 2, 0.22 * w)
+    ring = np.abs(np.abs(u) - 0.32 * length) - 0.09 * w
+    colour = _mix(_flat(u, part.colours[0]), _DARK, 0.75 * inside(ring, px))
+    rise = np.minimum(_tube(v, w / 2), dome(distance, 0.3 * w) + 0.25 * w)
+    return Surface(distance, rise, colour, 0.9)
+
+
+def _capsule(u: Field, v: Field, part: Part, px: float) -> Surface:
+    length, w = part.length, part.width
+    distance = box(u, v, length / 2, w / 2, w / 2)
+    colour = _mix(_flat(u, part.colours[0]), part.colours[1], inside(-u, px))
+    colour = _mix(colour, _DARK, 0.35 * inside(np.abs(u) - 0.03 * w, px))
+    return Surface(distance, dome(distance, w / 2), colour, 0.7)
+
+
+def _link(u: Field, v: Field, part: Part, px: float) -> Surface:
+    length, w = part.length, part.width
+    t = 0.11 * w
+    ring = box(u, v, length / 2 - t, w / 2 - t, w / 2 - t)
+    inner = box(u - 0.16 * w, v, length / 2 - 0.5 * w, 0.16 * w, 0.16 * w)
+    gap = box(u + 0.12 * length, v - w / 2, 0.13 * length, 0.3 * w, 0.01 * w)
+    outer = np.maximum(np.abs(ring), -gap)
+    distance = np.minimum(outer, np.abs(inner)) - t
+    return Surface(distance, dome(distance, t), _flat(u, part.colours[0]), 0.8)
+
+
+def _nut(u: Field, v: Field, part: Part, px: float) -> Surface:
+    r = part.width / 2 * 0.92
+    distance = np.abs(v)
+    for sign in (1, -1):
+        distance = np.maximum(distance, np.abs(0.866 * u + sign * 0.5 * v))
+    radial = np.hypot(u, v)
+    distance = np.maximum(distance - r, 0.56 * r - radial)
+    rise = 0.5 * r + np.minimum(dome(distance, 0.16 * r), 0.9 * (1.02 * r - radial))
+    return Surface(distance, rise, _flat(u, part.colours[0]), 0.7)
+
+
+def _washer(u: Field, v: Field, part: Part, px: float) -> Surface:
+    r = part.width / 2
+    radial = np.hypot(u, v)
+    distance = np.maximum(radial - r, 0.48 * r - radial)
+    ripple = 0.05 * np.sin(radial * (40 / r))
+    colour = _flat(u, part.colours[0]) * (1 + ripple[..., None])
+    return Surface(distance, dome(distance, 0.13 * r), colour, 0.6)
+
+
+def _gear(u: Field, v: Field, part: Part, px: float) -> Surface:
+    r = part.width / 2
+    radial, theta = np.hypot(u, v), np.arctan2(v, u)
+    teeth = np.clip(1.6 * np.cos(9 * theta), -1, 1)
+    distance = np.maximum(radial - r * (0.88 + 0.12 * teeth), 0.26 * r - radial)
+    rise = dome(distance, 0.15 * r) + 0.2 * r * inside(radial - 0.5 * r, px)
+    return Surface(distance, rise, _flat(u, part.colours[0]), 0.4)
+
+
+def _button(u: Field, v: Field, part: Part, px: float) -> Surface:
+    r = part.width / 2
+    radial = np.hypot(u, v)
+    holes = np.hypot(np.abs(u) - 0.26 * r, np.abs(v) - 0.26 * r) - 0.13 * r
+    distance = np.maximum(radial - r, -holes)
+    rise = dome(radial - r, 0.3 * r) - 0.14 * r * inside(radial - 0.6 * r, px)
+    return Surface(distance, rise, _flat(u, part.colours[0]), 0.6)
+
+
+def _fuse(u: Field, v: Field, part: Part, px: float) -> Surface:
+    length, w = part.length, part.width
+    body = box(u + 0.12 * length, v, 0.38 * length, w / 2, 0.13 * w)
+    blade = box(u - 0.3 * length, np.abs(v) - 0.26 * w, 0.2 * length, 0.12 * w, 0.0)
+    colour = _mix(_flat(u, _STEEL), part.colours[0], inside(body, px))
+    window = box(u + 0.14 * length, v, 0.2 * length, 0.26 * w, 0.1 * w)
+    colour = _mix(colour, (0.95, 0.95, 0.95), 0.3 * inside(window, px))
+    bridge = np.abs(u + 0.14 * length - 0.5 * v) - 0.06 * w
+    colour = _mix(colour, _DARK, 0.7 * inside(np.maximum(bridge, window), px))
+    rise = np.maximum(dome(body, 0.16 * w) + 0.1 * w * inside(body, px), 0.08 * w)
+    return Surface(np.minimum(body, blade), rise, colour, 0.5)
+
+
+def _module(u: Field, v: Field, part: Part, px: float) -> Surface:
+    length, w = part.length, part.width
+    body = box(u, v, length / 2, 0.38 * w, 0.04 * w)
+    pitch = length / 5
+    leg = np.abs(np.mod(u, pitch) - pitch / 2) - 0.22 * pitch
+    legs = np.maximum(np.maximum(leg, np.abs(v) - w / 2), np.abs(u) - length / 2)
+    colour = _mix(_flat(u, _STEEL), part.colours[0], inside(body, px))
+    tip = np.maximum(u - 0.34 * length, 0.07 * length - u)
+    arrow = np.maximum(tip, np.abs(v) - 0.85 * (0.34 * length - u))
+    stem = box(u + 0.03 * length, v, 0.13 * length, 0.05 * w, 0.0)
+    dot = np.hypot(u + 0.34 * length, v) - 0.1 * w
+    ink = np.minimum(np.minimum(arrow, stem), dot)
+    colour = _mix(colour, part.colours[1], 0.9 * inside(ink, px))
+    rise = dome(body, 0.07 * w) + 0.1 * w * inside(body, px)
+    return Surface(np.minimum(body, legs), rise, colour, 0.35)
+
+
+def _terminal(u: Field, v: Field, part: Part, px: float) -> Surface:
+    """A block of `detail[0]` clamps; u runs from the back to the cable's side."""
+    length, w = part.length, part.width
+    rows = int(part.detail[0])
+    pitch = w / rows
+    row = np.mod(v + w / 2, pitch) - pitch / 2
+    distance = box(u, v, length / 2, w / 2, 0.06 * w)
+    clamp = np.hypot(u + 0.16 * length, row) - 0.28 * pitch
+    slot = np.maximum(np.abs(u + 0.16 * length - row) - 0.05 * pitch, clamp)
+    port = box(u - 0.4 * length, row, 0.16 * length, 0.22 * pitch, 0.05 * pitch)
+    groove = np.abs(np.abs(row) - pitch / 2) - 0.04 * pitch
+    colour = _flat(u, part.colours[0])
+    colour = _mix(colour, _DARK, 0.45 * inside(groove, px))
+    colour = _mix(colour, _DARK, 0.85 * inside(port, px))
+    colour = _mix(colour, _STEEL, inside(clamp, px))
+    colour = _mix(colour, _DARK, 0.7 * inside(slot, px))
+    rise = dome(distance, 0.07 * w) - 0.04 * w * inside(clamp, px)
+    return Surface(distance, rise + 0.1 * w, colour, 0.4)
+
+
+def _label(u: Field, v: Field, part: Part, px: float) -> Surface:
+    """Paper with a field of `colours[0]` and a bar code drawn from `detail`."""
+    length, w = part.length, part.width
+    distance = box(u, v, length / 2, w / 2, 0.06 * w)
+    field = box(u, v + 0.17 * w, 0.4 * length, 0.23 * w, 0.04 * w)
+    code = box(u, v - 0.28 * w, 0.38 * length, 0.12 * w, 0.0)
+    bars = np.interp(u / length, np.linspace(-0.4, 0.4, len(part.detail)), part.detail)
+    colour = _mix(_flat(u, _PAPER), part.colours[0], inside(field, px))
+    colour = _mix(colour, _DARK, 0.8 * inside(code, px) * (bars > 0.5))
+    return Surface(distance, dome(distance, 0.02 * w), colour, 0.15)
+
+
+def _cable(u: Field, v: Field, part: Part, px: float) -> Surface:
+    """From v = detail[0] at the left to detail[1] at the right, sagging detail[2]."""
+    course = _course(u, part)
+    slope = (_course(u + px, part) - course) / px
+    offset = (v - course) / np.sqrt(1 + slope * slope)
+    ferrule = np.clip((np.abs(u) - part.length / 2 + 1.2 * part.width) / px, 0, 1)
+    radius = part.width / 2 * (1 - 0.35 * ferrule)
+    distance = np.maximum(np.abs(offset) - radius, np.abs(u) - part.length / 2)
+    colour = _mix(_flat(u, part.colours[0]), _STEEL, ferrule)
+    return Surface(distance, _tube(offset, radius), colour, 0.45)
+
+
+def _course(u: Field, part: Part) -> Field:
+    start, end, sag, skew = part.detail
+    t = np.clip((u / part.length + 0.42) / 0.84, 0, 1)
+    wave = np.sin(math.pi * t) ** 2 * (1 + skew * np.cos(2 * math.pi * t))
+    return start + (end - start) * t * t * (3 - 2 * t) + sag * wave
+
+
+def _fibre(u: Field, v: Field, part: Part, px: float) -> Surface:
+    """A curled thread through the points (detail[0], detail[1]), ..."""
+    points = np.reshape(np.asarray(part.detail, np.float32), (-1, 2))
+    nearest = np.full(u.shape, np.inf, np.float32)
+    for (ax, ay), (bx, by) in itertools.pairwise(points):
+        dx, dy = bx - ax, by - ay
+        t = ((u - ax) * dx + (v - ay) * dy) / max(dx * dx + dy * dy, 1e-9)
+        t = np.clip(t, 0, 1)
+        square = (u - ax - t * dx) ** 2 + (v - ay - t * dy) ** 2
+        nearest = np.minimum(nearest, square)
+    offset, radius = np.sqrt(nearest), part.width / 2
+    rise = _tube(offset, radius)
+    return Surface(offset - radius, rise, _flat(u, part.colours[0]), 0.1)
+
+
+SHAPES: dict[str, Callable[[Field, Field, Part, float], Surface]] = {
+    "screw": _screw,
+    "pin": _pin,
+    "capsule": _capsule,
+    "link": _link,
+    "nut": _nut,
+    "washer": _washer,
+    "gear": _gear,
+    "button": _button,
+    "fuse": _fuse,
+    "module": _module,
+    "terminal": _terminal,
+    "label": _label,
+    "cable": _cable,
+    "fibre": _fibre,
+}
+
+
+def evaluate(
+    view: View, part: Part, margin: float = 0.0
+) -> tuple[tuple[slice, slice], Surface]:
+    """A part as `view` sees it: its window (`margin` units wider) and its surface."""
+    half_u, half_v = part.length / 2, part.width / 2
+    if part.shape == "cable":
+        half_v += max(map(abs, part.detail[:2])) + 1.6 * abs(part.detail[2])
+    elif part.shape == "fibre":
+        half_v = half_u
+    damage = part.damage
+    if damage is not None and damage.kind == "bend":
+        half_v += abs(damage.size)
+    window, u, v = view.window(
+        part.x, part.y, part.angle, half_u + margin, half_v + margin
+    )
+    shape, px = SHAPES[part.shape], 1 / view.scale
+    if damage is not None and damage.kind == "bend":
+        along = np.maximum(u - damage.u, 0) / (part.length / 2 - damage.u)
+        v = v - damage.size * along**2
+    surface = shape(u, v, part, px)
+    tint = np.asarray(part.tint, np.float32)
+    surface = dataclasses.replace(surface, colour=surface.colour * tint)
+    if damage is not None and damage.kind == "chip":
+        surface = _chipped(surface, u, v, damage)
+    return window, surface
+
+
+def _chipped(surface: Surface, u: Field, v: Field, damage: Damage) -> Surface:
+    """Bites out a jagged disc; the fresh break is paler than the surface."""
+    du, dv = u - damage.u, v - damage.v
+    theta = np.arctan2(dv, du) + damage.phase
+    ragged = 1 + 0.22 * np.sin(3 * theta) + 0.12 * np.sin(7 * theta + 1)
+    bite = np.hypot(du, dv) - damage.size * ragged
+    rim = np.clip(1 - bite / (0.35 * damage.size), 0, 1)
+    pale = _mix(surface.colour, (0.75, 0.73, 0.70), 0.45 * rim)
+    rise = surface.height * (1 - 0.6 * rim)
+    return Surface(np.maximum(surface.distance, -bite), rise, pale, surface.gloss)
+
+
+def coverage(view: View, part: Part) -> Bool[np.ndarray, "h w"]:
+    """The pixels whose centre the part covers."""
+    covered = np.zeros((view.height, view.width), bool)
+    window, surface = evaluate(view, part)
+    covered[window] = surface.distance < 0
+    return covered

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from ulsad_jax.models.convolution import convolve, convolve_transposed
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
 
@@ -106,12 +108,11 @@ class Conv(nn.Module):
         """Convolves."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        y = jax.lax.conv_general_dilated(
+        y = convolve(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=[(self.padding, self.padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            stride=self.stride,
+            padding=self.padding,
         )
         if self.use_bias:
             y = y + _bias(self, math.prod(shape[:3])).astype(self.dtype)
@@ -140,13 +141,11 @@ class ConvTranspose(nn.Module):
         kernel = self.param(
             "transposed_kernel", self.kernel_init, (k, k, x.shape[-1], self.features)
         )
-        y = jax.lax.conv_general_dilated(
+        y = convolve_transposed(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
-            window_strides=(1, 1),
-            padding=[(k - 1 - self.padding, k - 1 - self.padding)] * 2,
-            lhs_dilation=(self.stride, self.stride),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            stride=self.stride,
+            padding=self.padding,
         )
         # PyTorch reads the fan-in off the second axis of its (in, out, kh, kw).
         return y + _bias(self, self.features * k * k).astype(self.dtype)
@@ -194,8 +193,10 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 n = x.size // x.shape[-1]
                 m = self.momentum
-                running_mean.value += m * (mean - running_mean.value)
-                running_var.value += m * (var * (n / (n - 1)) - running_var.value)
+                # Not "+=", which writes into the caller's array where that is NumPy's.
+                old_mean, old_var = running_mean.value, running_var.value
+                running_mean.value = old_mean + m * (mean - old_mean)
+                running_var.value = old_var + m * (var * (n / (n - 1)) - old_var)
         else:
             mean, var = running_mean.value, running_var.value
         scale = jax.lax.rsqrt(var + self.epsilon)

@@ -1,6 +1,20 @@
-"""The error that a user can act on."""
+"""The errors that a user can act on, and how a program reports them."""
 
 from __future__ import annotations
+
+import errno
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_STORAGE = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EROFS: "the disk is read-only: give a folder elsewhere",
+    errno.EACCES: "permission denied: give a folder you may write to",
+    errno.EPERM: "permission denied: give a folder you may write to",
+}
 
 
 class UserError(Exception):
@@ -9,3 +23,42 @@ class UserError(Exception):
     The message says what was expected, what was found, where, and what to do. The
     command-line programs print it without a traceback.
     """
+
+
+class Interrupted(Exception):
+    """A signal asked to stop, and the state is saved."""
+
+    def __init__(self, signum: int, step: int):
+        """Says by which signal and after which step."""
+        super().__init__(
+            f"Stopped by {signal.Signals(signum).name} after step {step}. Everything "
+            "is saved: run the same command again to go on."
+        )
+        self.signum = signum
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turns foreseeable errors into one message and an exit status.
+
+    1 for an error, 128 + the signal's number when interrupted; anything unforeseen
+    keeps its traceback.
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + interrupted.signum)
+    except KeyboardInterrupt:
+        print("Stopped. Run the same command again to go on.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        sys.exit(
+            f"error: Expected to read or write {error.filename or 'a file'}, found: "
+            f"{_STORAGE[error.errno]}, then run the same command again. What was "
+            "saved before is kept."
+        )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import TYPE_CHECKING, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +34,7 @@ class Maps(NamedTuple):
     global_: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Calibration:
     """The affine maps that make local and global maps comparable.
 
@@ -136,8 +136,8 @@ def calibrate(
     calibration = Calibration(**affine)
     fused = np.asarray(fuse(Maps(local, global_), calibration))
     low, high = float(np.median(fused)), float(fused.max())
-    return dataclasses.replace(
-        calibration, display_low=low, display_high=low + 2 * max(high - low, 1e-6)
+    return calibration.replace(
+        display_low=low, display_high=low + 2 * max(high - low, 1e-6)
     )
 
 

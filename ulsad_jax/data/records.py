@@ -150,6 +150,18 @@ def fingerprint(records: Iterable[Record]) -> str:
     return digest.hexdigest()
 
 
+def listing(records: Iterable[Record]) -> str:
+    """A hash of the images' names and sizes, wherever they lie.
+
+    It tells whether a run goes on with the images it began with.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        size = record.image.stat().st_size
+        digest.update(f"{record.split} {record.name} {size};".encode())
+    return digest.hexdigest()
+
+
 def hold_out(
     records: Sequence[Record], *, fraction: float, seed: int
 ) -> tuple[list[Record], list[Record]]:

@@ -1,0 +1,1 @@
+"""Configurations: `--config=configs/<file>.py[:category]`."""

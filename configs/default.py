@@ -1,0 +1,93 @@
+"""Every field, with the published system's value as its default."""
+
+from ml_collections import ConfigDict
+
+
+def get_config(category: str = "all") -> ConfigDict:
+    """Returns the published system; `dataset.name` and `.root` remain to be set.
+
+    Args:
+        category: a category's name, several separated by commas, or "all".
+    """
+    config = ConfigDict()
+    # Everything random in a run follows from it: initial weights, the order of the
+    # images, the validation split, random trunks.
+    config.seed = 0
+    # (height, width) in pixels, multiples of 32 from 64; images are squashed to it.
+    config.image_size = (256, 256)
+    # Which checkpoint is evaluated: "last", "best_validation_loss", or the
+    # reference's "best_test_auroc", whose results are selected on the test set.
+    config.selection = "last"
+    # How local and global maps are made comparable: "quantile" on validation
+    # normals, or "none" for the plain average of raw maps.
+    config.calibration = "quantile"
+
+    config.dataset = dataset = ConfigDict()
+    # mvtec_ad, mvtec_loco, btad, mpdd, visa, magnetic_tile, folder, table, synthetic.
+    dataset.name = ""
+    # The folder the archive was unpacked to; for "table" the CSV file; for
+    # "synthetic" where to write it, or empty for a place under `cache_dir`.
+    dataset.root = ""
+    dataset.category = category
+    # Share of the training normals held out where there is no validation split.
+    dataset.validation_fraction = 0.1
+    # Where prepared data sets are kept; safe to delete.
+    dataset.cache_dir = "~/.cache/ulsad_jax"
+    # What is drawn when `name` is "synthetic" and the category is not there yet.
+    dataset.synthetic = ConfigDict()
+    dataset.synthetic.seed = 0
+    dataset.synthetic.image_size = 256  # pixels a side
+    dataset.synthetic.train = 100  # normal training images
+    dataset.synthetic.validation = 20  # normal validation images
+    dataset.synthetic.good = 30  # normal test images
+    dataset.synthetic.per_kind = 6  # test images of each kind of anomaly
+
+    config.trunk = trunk = ConfigDict()
+    # resnet18, resnet34, resnet50, wide_resnet50_2 or wide_resnet101_2.
+    trunk.architecture = "wide_resnet50_2"
+    # "hub" downloads `repository`, "file" reads `path`, "random" draws from `seed`.
+    trunk.source = "hub"
+    # A timm repository on the Hugging Face hub with a model.safetensors.
+    trunk.repository = "timm/wide_resnet50_2.racm_in1k"
+    # A .safetensors file, or a .pth file where PyTorch is installed.
+    trunk.path = ""
+
+    config.model = model = ConfigDict()
+    # Channels of the local reconstructor's narrowest grid: 1536 is 65 M parameters.
+    model.local_width = 1536
+    # Of the local reconstructor: "relu" as published, or "identity".
+    model.output_activation = "relu"
+
+    # Loss terms: any name -> `term` (one of these three, or "module:function" of your
+    # own), `weight`, and the term's own keyword arguments.
+    config.losses = losses = ConfigDict()
+    losses.local = ConfigDict({"term": "local", "weight": 1.0, "cosine_weight": 0.5})
+    losses.attention = ConfigDict(
+        {"term": "attention", "weight": 1.0, "cosine_weight": 0.5}
+    )
+    losses.consistency = ConfigDict(
+        {"term": "consistency", "weight": 1.0, "cosine_weight": 0.5}
+    )
+
+    # Adam with L2 decay added to the gradient.
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 2e-4
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 2e-5
+
+    config.train = train = ConfigDict()
+    train.batch_size = 8
+    train.num_epochs = 200
+    # Epochs between checkpoints; each is validated. The last epoch always is.
+    train.checkpoint_every = 10
+    # Computation type of trunk and networks: "float32" or "bfloat16". Parameters,
+    # losses and scores are float32.
+    train.dtype = "float32"
+
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.batch_size = 8
+    # Heatmap pictures of each type of test image; -1 for all.
+    evaluation.pictures_per_type = 8
+    return config

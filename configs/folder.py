@@ -1,0 +1,13 @@
+"""Your own folder of images: `--config=configs/folder.py:<folder>`."""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(root: str = "") -> ConfigDict:
+    """Returns the published system on a folder (README, section Your own data)."""
+    config = default.get_config()
+    config.dataset.name = "folder"
+    config.dataset.root = root
+    return config

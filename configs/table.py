@@ -1,0 +1,13 @@
+"""Your own table of images: `--config=configs/table.py:<file.csv>`."""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(root: str = "") -> ConfigDict:
+    """Returns the published system on a CSV file (README, section Your own data)."""
+    config = default.get_config()
+    config.dataset.name = "table"
+    config.dataset.root = root
+    return config

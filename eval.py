@@ -1,0 +1,30 @@
+"""Evaluates a run again: `python eval.py --workdir=<folder of the run>`."""
+
+from pathlib import Path
+
+from absl import app, flags, logging
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that train.py wrote.")
+_ROOT = flags.DEFINE_string("root", "", "Folder of the data set, if it moved.")
+_SELECTION = flags.DEFINE_string(
+    "selection", "", "Another checkpoint than the config's: last, best_validation_loss."
+)
+flags.mark_flags_as_required(["workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates, and prints the table of results."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Expected flags alone, found {' '.join(argv[1:])!r}.")
+    logging.set_verbosity(logging.WARNING)  # libraries tell every step they take
+    from ulsad_jax import errors, experiment  # not for --help: JAX takes seconds
+
+    with errors.reported():
+        workdir = Path(_WORKDIR.value).expanduser()
+        print(
+            experiment.evaluate(workdir, root=_ROOT.value, selection=_SELECTION.value)
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,164 @@
+"""Checkpoints of one category; the only file that knows Orbax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from ulsad_jax.errors import UserError
+
+
+class CheckpointStore:
+    """The last and the best checkpoint of a category.
+
+    Saving is asynchronous and atomic: a checkpoint is there whole or not at all. A
+    checkpoint holds four items: `model` (what evaluation needs), `optimizer`,
+    `progress` and, unless training was interrupted within an epoch, `calibration`.
+    The metrics of a checkpoint decide which one is best.
+    """
+
+    def __init__(self, folder: Path, *, metric: str, largest: bool):
+        """Opens the folder, or makes it.
+
+        Args:
+            folder: of the checkpoints.
+            metric: the key, in what `save` is given, that ranks checkpoints.
+            largest: whether the largest value is best, not the smallest.
+        """
+        self._folder = folder
+        self._sign = 1.0 if largest else -1.0
+        self._metric = metric
+        keep = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(1),
+                checkpoint_managers.BestN(
+                    get_metric_fn=self._rank,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep,
+                best_fn=self._rank,  # without it no metrics are written
+                # Remains of a save that was killed are no checkpoint.
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def __enter__(self) -> CheckpointStore:
+        """Returns the store."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Waits until everything is on disk."""
+        self._manager.close()
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Any,
+        optimizer: Any,
+        progress: Mapping[str, Any],
+        calibration: Mapping[str, float] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts to save; training may go on meanwhile.
+
+        Args:
+            step: number of updates so far.
+            model: a tree of arrays.
+            optimizer: a tree of arrays.
+            progress: JSON.
+            calibration: JSON; None within an epoch.
+            metrics: for choosing the best; None within an epoch.
+        """
+        # Copies: the next step is given these very buffers to overwrite.
+        model, optimizer = jax.tree.map(jnp.copy, (model, optimizer))
+        items = {
+            "model": ocp.args.StandardSave(model),
+            "optimizer": ocp.args.StandardSave({"state": optimizer}),
+            "progress": ocp.args.JsonSave(dict(progress)),
+        }
+        if calibration is not None:
+            items["calibration"] = ocp.args.JsonSave(dict(calibration))
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+        )
+
+    def latest(self) -> int | None:
+        """The newest step, or None."""
+        return self._manager.latest_step()
+
+    def select(self, *, best: bool) -> int:
+        """The step to evaluate: the newest complete one, or the best.
+
+        Raises:
+            UserError: there is none.
+        """
+        ranked = [
+            (self._rank(metrics) if best else step, step)
+            for step in self._manager.all_steps()
+            if (metrics := self._manager.metrics(step)) and self._metric in metrics
+        ]
+        if not ranked:
+            raise UserError(
+                f"Expected a checkpoint with {self._metric} in {self._folder}, found "
+                f"the steps {list(self._manager.all_steps())} without it. Train until "
+                "an epoch with a checkpoint ends: run the train.py command again."
+            )
+        return max(ranked)[1]
+
+    def restore_training(
+        self, step: int, *, model: Any, optimizer: Any
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Returns (model, optimizer, progress) as trees like the given ones."""
+        restored = self._restore(
+            step,
+            model=ocp.args.StandardRestore(model),
+            optimizer=ocp.args.StandardRestore({"state": optimizer}),
+            progress=ocp.args.JsonRestore(),
+        )
+        return restored["model"], restored["optimizer"]["state"], restored["progress"]
+
+    def restore_progress(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `progress`."""
+        return self._restore(step, progress=ocp.args.JsonRestore())["progress"]
+
+    def restore_model(self, step: int, *, model: Any) -> tuple[Any, dict[str, float]]:
+        """Returns (model as a tree like the given one, calibration)."""
+        restored = self._restore(
+            step,
+            model=ocp.args.StandardRestore(model),
+            calibration=ocp.args.JsonRestore(),
+        )
+        return restored["model"], restored["calibration"]
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def _rank(self, metrics: Mapping[str, float]) -> float:
+        return self._sign * metrics.get(self._metric, -self._sign * math.inf)
+
+    def _restore(self, step: int, **items: Any) -> Mapping[str, Any]:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
+            raise UserError(
+                f"Expected checkpoint {step} in {self._folder} to hold this config's "
+                f"networks, found: {error}. Use the config it was trained with, or "
+                "train anew in another folder."
+            ) from error

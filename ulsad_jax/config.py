@@ -1,0 +1,172 @@
+"""Checks a config once, and keeps it beside the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from ulsad_jax.data.layouts import LAYOUTS
+from ulsad_jax.errors import UserError
+from ulsad_jax.models.local import ACTIVATIONS
+from ulsad_jax.models.resnet import ARCHITECTURES
+
+SELECTIONS = ("last", "best_validation_loss", "best_test_auroc")
+BEST_TEST_AUROC = "best_test_auroc"
+# Fields that may change between two commands on one work directory: they leave what
+# was already trained as it is.
+FREE_FIELDS = (
+    *("train.num_epochs", "train.checkpoint_every", "evaluation."),
+    *("dataset.root", "dataset.cache_dir", "trunk.path"),
+)
+
+
+class _Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    text: str
+
+
+def _one_of(*choices: str) -> _Rule:
+    return _Rule(lambda v: v in choices, f"one of {', '.join(choices)}")
+
+
+def _at_least(low: int) -> _Rule:
+    return _Rule(lambda v: isinstance(v, int) and v >= low, f"an integer from {low} up")
+
+
+def _is_number(v: Any) -> bool:
+    return isinstance(v, int | float) and not isinstance(v, bool)
+
+
+_POSITIVE = _Rule(lambda v: _is_number(v) and v > 0, "a number above 0")
+_NOT_NEGATIVE = _Rule(lambda v: _is_number(v) and v >= 0, "a number from 0 up")
+_BELOW_ONE = _Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+_IMAGE_SIZE = _Rule(
+    lambda v: (
+        isinstance(v, tuple | list)
+        and len(v) == 2
+        and all(isinstance(n, int) and n >= 64 and n % 32 == 0 for n in v)
+    ),
+    "(height, width), each a multiple of 32 from 64 up, such as (256, 256)",
+)
+
+_RULES = {
+    "seed": _at_least(0),
+    "image_size": _IMAGE_SIZE,
+    "selection": _one_of(*SELECTIONS),
+    "calibration": _one_of("quantile", "none"),
+    "dataset.name": _one_of(*LAYOUTS),
+    "dataset.validation_fraction": _BELOW_ONE,
+    "trunk.architecture": _one_of(*ARCHITECTURES),
+    "trunk.source": _one_of("hub", "file", "random"),
+    "model.local_width": _Rule(
+        lambda v: isinstance(v, int) and v >= 4 and v % 4 == 0,
+        "a multiple of 4 from 4 up",
+    ),
+    "model.output_activation": _one_of(*ACTIVATIONS),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.b1": _BELOW_ONE,
+    "optimizer.b2": _BELOW_ONE,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    # Batch norm over the autoencoder's single code needs two images.
+    "train.batch_size": _at_least(2),
+    "train.num_epochs": _at_least(1),
+    "train.checkpoint_every": _at_least(1),
+    "train.dtype": _one_of("float32", "bfloat16"),
+    "evaluation.batch_size": _at_least(1),
+    "evaluation.pictures_per_type": _at_least(-1),
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field that has a rule.
+
+    Raises:
+        UserError: names the field, the value, the rule and the flag that changes it.
+    """
+    for field, rule in _RULES.items():
+        value = _get(config, field)
+        if not rule.holds(value):
+            raise UserError(
+                f"Expected config.{field} to be {rule.text}, found {value!r}. Set it "
+                f"with --config.{field}=..."
+            )
+    if not config.dataset.root and config.dataset.name != "synthetic":
+        raise UserError(
+            "Expected config.dataset.root to be the folder of the data set (or a CSV "
+            "file for tables), found nothing. Set it with --config.dataset.root=..."
+        )
+    if config.trunk.source == "file" and not config.trunk.path:
+        raise UserError(
+            "Expected config.trunk.path to name a file, as config.trunk.source is "
+            '"file", found nothing. Set it with --config.trunk.path=...'
+        )
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Writes the resolved config as JSON."""
+    path.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+
+
+def load(path: Path) -> ConfigDict:
+    """Reads a run's config.
+
+    Raises:
+        UserError: there is none, or it is not one of ours.
+    """
+    try:
+        config = ConfigDict(json.loads(path.read_text()))
+        config.image_size = tuple(config.image_size)
+        validate(config)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"Expected the folder of a run, which holds config.json, found none in "
+            f"{path.parent}. Give --workdir the folder that train.py wrote."
+        ) from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"Expected {path} to be a config that train.py wrote, found: {error}. "
+            "Restore the file, or train anew in another folder."
+        ) from error
+    return config
+
+
+def check_resumable(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
+    """Refuses a config under which the run in `workdir` cannot be continued.
+
+    Raises:
+        UserError: lists the fields that differ.
+    """
+    old_fields, new_fields = dict(_flatten(old)), dict(_flatten(new))
+    lines = [
+        f"  config.{name}: the run has {old_fields.get(name, 'no such field')!r}, "
+        f"this command {new_fields.get(name, 'no such field')!r}"
+        for name in sorted(old_fields.keys() | new_fields.keys())
+        if old_fields.get(name) != new_fields.get(name)
+        and not name.startswith(FREE_FIELDS)
+    ]
+    if lines:
+        raise UserError(
+            f"Expected the config of the run in {workdir}, found these differences:\n"
+            + "\n".join(lines)
+            + "\nGive another --workdir, or the run's own values."
+        )
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    value = config
+    for name in field.split("."):
+        value = value[name]
+    return value
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,185 @@
+"""Scores of a test set: maps, image scores, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.struct
+import jax
+import numpy as np
+
+from ulsad_jax import scoring
+from ulsad_jax.features import ChannelStatistics
+from ulsad_jax.metrics import image as image_metrics
+from ulsad_jax.metrics import pixel as pixel_metrics
+from ulsad_jax.models.pyramid import FeaturePyramid
+from ulsad_jax.models.ulsad import Ulsad
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int, UInt8
+
+
+@flax.struct.dataclass
+class Weights:
+    """Everything that turns an image into a score, as one tree.
+
+    Attributes:
+        trunk: variables of the frozen trunk.
+        statistics: of the feature channels.
+        variables: of both networks.
+        calibration: of the maps.
+    """
+
+    trunk: Mapping[str, Any]
+    statistics: ChannelStatistics
+    variables: Mapping[str, Any]
+    calibration: scoring.Calibration
+
+
+@flax.struct.dataclass
+class Prediction:
+    """What the system says of a batch, or of a whole split.
+
+    Attributes:
+        anomaly_map: [b, h, w] float32.
+        score: [b], the maximum of the map.
+        local_score: [b], the maximum of the calibrated local map alone.
+        global_score: [b], the maximum of the calibrated global map alone.
+    """
+
+    anomaly_map: jax.Array
+    score: jax.Array
+    local_score: jax.Array
+    global_score: jax.Array
+
+
+class Truth(NamedTuple):
+    """What is known of a split's images.
+
+    Attributes:
+        labels: [n], 0 normal or 1 anomalous.
+        types: n names.
+        masks: [n, h, w] bool at model resolution.
+        has_mask: [n]; False for an anomalous image without ground truth.
+        images: [n, h, w, 3] uint8 at model resolution.
+    """
+
+    labels: np.ndarray
+    types: Sequence[str]
+    masks: np.ndarray
+    has_mask: np.ndarray
+    images: np.ndarray
+
+
+def make_predict_step(
+    pyramid: FeaturePyramid, model: Ulsad
+) -> Callable[[Weights, UInt8[Array, "b h w 3"]], Prediction]:
+    """Jits `predict(weights, image)`, from uint8 images to maps and scores."""
+
+    @jax.jit
+    def predict(weights: Weights, image: UInt8[Array, "b h w 3"]) -> Prediction:
+        trunk = {kind: {"trunk": tree} for kind, tree in weights.trunk.items()}
+        features = weights.statistics.standardize(pyramid.apply(trunk, image))
+        outputs = model.apply(weights.variables, features, image, train=False)
+        maps = scoring.raw_maps(outputs, image.shape[1:3])
+        calibrated = scoring.calibrate_maps(maps, weights.calibration)
+        fused = scoring.fuse(maps, weights.calibration)
+        return Prediction(
+            anomaly_map=fused,
+            score=scoring.image_score(fused),
+            local_score=scoring.image_score(calibrated.local),
+            global_score=scoring.image_score(calibrated.global_),
+        )
+
+    return predict
+
+
+def predict_split(
+    predict: Callable[[UInt8[Array, "b h w 3"]], Prediction],
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    types: Sequence[str],
+    image_size: tuple[int, int],
+) -> tuple[Prediction, Truth]:
+    """Predicts every image of a split, once, in its order.
+
+    Args:
+        predict: from images to a prediction.
+        batches: with image, label, gt_mask, has_mask, valid and index.
+        types: of every image of the split.
+        image_size: (height, width) of the maps.
+    """
+    n = len(types)
+    prediction = Prediction(
+        anomaly_map=np.zeros((n, *image_size), np.float32),
+        **{
+            name: np.zeros(n, np.float32)
+            for name in ("score", "local_score", "global_score")
+        },
+    )
+    truth = Truth(
+        labels=np.zeros(n, np.int32),
+        types=types,
+        masks=np.zeros((n, *image_size), bool),
+        has_mask=np.zeros(n, bool),
+        images=np.zeros((n, *image_size, 3), np.uint8),
+    )
+    for batch in batches:
+        valid = batch["valid"]
+        rows = batch["index"][valid]
+        new = jax.device_get(predict(batch["image"]))
+        jax.tree.map(
+            lambda all_, b, v=valid, r=rows: _put(all_, r, b[v]), prediction, new
+        )
+        truth.labels[rows] = batch["label"][valid]
+        truth.masks[rows] = batch["gt_mask"][valid]
+        truth.has_mask[rows] = batch["has_mask"][valid]
+        truth.images[rows] = batch["image"][valid]
+    return prediction, truth
+
+
+def image_level(
+    labels: Int[np.ndarray, " n"],
+    types: Sequence[str],
+    scores: Float[np.ndarray, " n"],
+    *,
+    loco: bool,
+) -> dict[str, float]:
+    """Image metrics: pooled, per type, and MVTec LOCO's headline.
+
+    Args:
+        labels: 0 normal or 1 anomalous.
+        types: "good" or the type of the anomaly.
+        scores: of the images.
+        loco: whether to add 0.5 * (logical + structural).
+    """
+    f1, threshold = image_metrics.f1_max(labels, scores)
+    metrics = {
+        "image_auroc": image_metrics.auroc(labels, scores),
+        "image_average_precision": image_metrics.average_precision(labels, scores),
+        "image_f1_max": f1,
+        "image_f1_max_threshold": threshold,
+    }
+    by_type = image_metrics.by_type(types, scores)
+    if loco:
+        metrics["image_auroc_mean_of_types"] = image_metrics.loco_headline(by_type)
+    return metrics | {f"image_auroc/{name}": value for name, value in by_type.items()}
+
+
+def pixel_level(
+    masks: Bool[np.ndarray, "n h w"],
+    has_mask: Bool[np.ndarray, " n"],
+    maps: Float[np.ndarray, "n h w"],
+) -> dict[str, float]:
+    """Pixel metrics at model resolution over the images whose mask is known."""
+    metrics = pixel_metrics.pixel_metrics(masks[has_mask], maps[has_mask])
+    named = {
+        name if name == "aupro" else f"pixel_{name}": value
+        for name, value in metrics.items()
+    }
+    return named | {"pixel_images_left_out": int((~has_mask).sum())}
+
+
+def _put(target: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
+    target[rows] = values

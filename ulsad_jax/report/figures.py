@@ -1,0 +1,50 @@
+"""Heatmap pictures at one fixed scale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from scipy import ndimage
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, UInt8
+
+COLORMAP = "inferno"
+OVERLAY = 0.6  # share of the heatmap in the overlay
+CONTOUR = (0, 255, 0)
+GAP = 4  # white pixels between the panels
+
+
+def heatmap(
+    anomaly_map: Float[np.ndarray, "h w"], low: float, high: float
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Colours a map: `low` and below coldest, `high` and above hottest."""
+    scaled = np.clip((anomaly_map - low) / (high - low), 0, 1)
+    return (matplotlib.colormaps[COLORMAP](scaled)[..., :3] * 255).astype(np.uint8)
+
+
+def picture(
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: Bool[np.ndarray, "h w"],
+    anomaly_map: Float[np.ndarray, "h w"],
+    *,
+    low: float,
+    high: float,
+) -> UInt8[np.ndarray, "h 3*w+8 3"]:
+    """The image, its ground truth outlined, and the heatmap over it, side by side.
+
+    Args:
+        image: at model resolution.
+        mask: its ground truth.
+        anomaly_map: its map.
+        low: the value drawn coldest.
+        high: the value drawn hottest.
+    """
+    outlined = image.copy()
+    outlined[ndimage.binary_dilation(mask, iterations=2) & ~mask] = CONTOUR
+    hot = heatmap(anomaly_map, low, high)
+    overlay = ((1 - OVERLAY) * image + OVERLAY * hot).astype(np.uint8)
+    gap = np.full((image.shape[0], GAP, 3), 255, np.uint8)
+    return np.concatenate([image, gap, outlined, gap, overlay], axis=1)

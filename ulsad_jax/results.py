@@ -1,0 +1,135 @@
+"""Results of a run: console table, results.json, results.csv, scores.csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ulsad_jax.data.records import Record
+from ulsad_jax.evaluation import Prediction
+
+FORMAT = 1  # of results.json; a reader refuses what it does not know
+TABLE = {
+    "image_auroc": "image AUROC",
+    "image_auroc_mean_of_types": "mean of types",
+    "image_average_precision": "image AP",
+    "image_f1_max": "image F1",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_average_precision": "pixel AP",
+    "pixel_f1_max": "pixel F1",
+    "aupro": "AUPRO",
+}
+
+
+def mean_row(categories: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean over categories of every metric, leaving NaN out."""
+    names = dict.fromkeys(name for row in categories.values() for name in row)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: stays NaN
+        return {
+            name: float(
+                np.nanmean([r.get(name, math.nan) for r in categories.values()])
+            )
+            for name in names
+        }
+
+
+def write(
+    folder: Path,
+    categories: Mapping[str, Mapping[str, float]],
+    about: Mapping[str, Any],
+) -> None:
+    """Writes results.json and results.csv, the latter with a mean row.
+
+    Args:
+        folder: the work directory.
+        categories: metrics by category.
+        about: how the results were got.
+    """
+    mean = mean_row(categories)
+    document = {
+        "format": FORMAT,
+        **about,
+        "categories": {name: finite(row) for name, row in categories.items()},
+        "mean": finite(mean),
+    }
+    _replace(folder / "results.json", json.dumps(document, indent=2) + "\n")
+    with (folder / "results.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["category", "selected_on_test", *mean])
+        for name, row in [*categories.items(), ("mean", mean)]:
+            rows.writerow(
+                [name, about["selected_on_test"], *(row.get(k, math.nan) for k in mean)]
+            )
+
+
+def write_scores(path: Path, records: Sequence[Record], prediction: Prediction) -> None:
+    """Writes one row an image: file, name, type, label and its three scores."""
+    columns = ("score", "local_score", "global_score")
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "name", "type", "label", *columns])
+        for i, record in enumerate(records):
+            scores = [float(getattr(prediction, column)[i]) for column in columns]
+            rows.writerow(
+                [record.image, record.name, record.type, record.label, *scores]
+            )
+
+
+def table(
+    categories: Mapping[str, Mapping[str, float]], about: Mapping[str, Any]
+) -> str:
+    """The headline metrics in percent, one line a category, and what they rest on."""
+    rows = dict(categories)
+    if len(rows) > 1:
+        rows["mean"] = mean_row(categories)
+    columns = [k for k in TABLE if any(k in row for row in rows.values())]
+    width = max(len(name) for name in (*rows, "category"))
+    lines = ["  ".join(["category".ljust(width), *(TABLE[k] for k in columns)])]
+    for name, row in rows.items():
+        cells = [_percent(row.get(k, math.nan)).rjust(len(TABLE[k])) for k in columns]
+        lines.append("  ".join([name.ljust(width), *cells]))
+    for name, row in categories.items():
+        types = {k.partition("/")[2]: v for k, v in row.items() if "/" in k}
+        if types:
+            listed = ", ".join(f"{k} {_percent(v)}" for k, v in types.items())
+            lines.append(f"{name}, image AUROC by type: {listed}")
+        if left_out := row.get("pixel_images_left_out"):
+            lines.append(
+                f"{name}, pixel metrics leave out {left_out} anomalous images "
+                "without a mask."
+            )
+    if about["selected_on_test"]:
+        lines.append(
+            "SELECTED ON THE TEST SET: the checkpoint is the best of these very images "
+            "(the reference's protocol); do not compare with honest results."
+        )
+    return "\n".join(lines)
+
+
+def finite(row: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: an undefined metric is null."""
+    return {k: None if math.isnan(v) else v for k, v in row.items()}
+
+
+def file_name(name: str) -> str:
+    """A name as a file name: nothing that could leave its folder."""
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

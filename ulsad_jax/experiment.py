@@ -54,6 +54,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
     """
     config_lib.validate(config)
     make_loss_fn(config.losses)  # before anything is written
+    _cache_compilations(config)
     _claim(config, workdir)
     categories = list_categories(config)
     trunk = _trunk(config, workdir)
@@ -87,6 +88,7 @@ def evaluate(workdir: Path, *, root: str = "", selection: str = "") -> str:
     if selection:
         config.selection = selection
         config_lib.validate(config)
+    _cache_compilations(config)
     categories = list_categories(config)
     trunk = pretrained.load_saved_trunk(workdir / TRUNK)
     for category in categories:
@@ -379,6 +381,13 @@ def _open_data(config: ConfigDict, category: str) -> Category:
         validation_fraction=dataset.validation_fraction,
         seed=config.seed,
     )
+
+
+def _cache_compilations(config: ConfigDict) -> None:
+    """Keeps compiled programs beside the data sets, unless JAX is told otherwise."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(config.dataset.cache_dir).expanduser() / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _claim(config: ConfigDict, workdir: Path) -> None:

@@ -66,12 +66,12 @@ def load_trunk(
 
 def save_trunk(trunk: Trunk, path: Path) -> None:
     """Writes a trunk with its identity to a .safetensors file, in PyTorch's names."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     arrays = torch_import.export(trunk.variables)
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     temporary = path.with_suffix(".tmp")
-    save_file(arrays, temporary, metadata=dataclasses.asdict(trunk.identity))
+    temporary.write_bytes(save(arrays, dataclasses.asdict(trunk.identity)))
     temporary.replace(path)
 
 

@@ -1,0 +1,6 @@
+"""Image files -> records -> TFDS (ArrayRecord) -> Grain -> batches.
+
+Importing this package registers its data sets with TFDS (see `builder`).
+"""
+
+from ulsad_jax.data import builder as builder

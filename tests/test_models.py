@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ulsad_jax.models.autoencoder import GlobalAutoencoder, decoder_sizes
+from ulsad_jax.models.local import LocalReconstructor
+from ulsad_jax.models.pyramid import FeaturePyramid
+from ulsad_jax.models.resnet import ARCHITECTURES, ResNet
+from ulsad_jax.models.ulsad import Ulsad
+
+SIZES = [(64, 64), (64, 96), (96, 64), (128, 128), (256, 256), (320, 224)]
+SMALL = (64, 96)  # pixels of the tests that compute
+
+
+def spec(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def shapes(module, *inputs, **kwargs):
+    """A module's variables and outputs, without computing them."""
+    return jax.eval_shape(
+        lambda *x: module.init_with_output(jax.random.key(0), *x, **kwargs)[::-1],
+        *inputs,
+    )
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def small_inputs(batch=3, channels=8):
+    rng = np.random.default_rng(0)
+    height, width = SMALL
+    features = rng.normal(size=(batch, height // 8, width // 8, channels))
+    images = rng.random((batch, height, width, 3))
+    return features.astype(np.float32), images.astype(np.float32)
+
+
+def draw_variables(module, *inputs, **kwargs):
+    """Variables like trained ones; `init` would compile for much longer."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        value = rng.normal(size=leaf.shape) / np.sqrt(max(leaf.size / 8, 1))
+        if path[-1].key in ("var", "scale"):
+            value = 1 + np.abs(value)
+        return value.astype(np.float32)
+
+    variables, _ = shapes(module, *inputs, **kwargs)
+    return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return draw_variables(Ulsad(local_width=16), *small_inputs(), train=False)
+
+
+@functools.cache
+def predictor(**options):
+    model = Ulsad(local_width=16, **options)
+    return jax.jit(lambda *args: model.apply(*args, train=False))
+
+
+def predict(variables, features, images, **options):
+    return predictor(**options)(variables, features, images)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_trunk_shapes(architecture):
+    _, outputs = shapes(ResNet(architecture), spec(2, 64, 96, 3))
+    expansion = 4 if ARCHITECTURES[architecture].bottleneck else 1
+    assert [output.shape for output in outputs] == [
+        (2, 8, 12, 128 * expansion),
+        (2, 4, 6, 256 * expansion),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parameters"),
+    # Published counts of parameters, less those of layer4 and the classifier.
+    [
+        ("resnet18", 11_689_512 - 8_393_728 - 513_000),
+        ("resnet34", 21_797_672 - 13_114_368 - 513_000),
+        ("resnet50", 25_557_032 - 14_964_736 - 2_049_000),
+        ("wide_resnet50_2", 68_883_240 - 41_971_712 - 2_049_000),
+        ("wide_resnet101_2", 126_886_696 - 41_971_712 - 2_049_000),
+    ],
+)
+def test_trunk_parameters(architecture, parameters):
+    variables, _ = shapes(ResNet(architecture), spec(1, 64, 64, 3))
+    assert count(variables["params"]) == parameters
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32])
+def test_pyramid_has_384_channels(architecture, dtype):
+    image = spec(2, 64, 96, 3, dtype=dtype)
+    _, features = shapes(FeaturePyramid(architecture), image)
+    assert features.shape == (2, 8, 12, 384)
+    assert features.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_output_shapes(size):
+    height, width = size
+    grid = (2, height // 8, width // 8)
+    features, image = spec(*grid, 384), spec(2, *size, 3)
+    _, outputs = shapes(Ulsad(), features, image, train=False)
+    assert outputs.keys() == {"features", "local", "predicted_global", "global_"}
+    for output in outputs.values():
+        assert output.shape == (*grid, 384)
+        assert output.dtype == jnp.float32
+    _, features = shapes(FeaturePyramid("resnet18"), image)
+    assert features.shape == (*grid, 384)
+
+
+def test_parameter_counts():
+    local, _ = shapes(LocalReconstructor(), spec(1, 32, 32, 384), train=False)
+    global_, _ = shapes(GlobalAutoencoder(384), spec(1, 256, 256, 3), train=False)
+    assert count(local["params"]) == 65_487_744
+    assert count(global_["params"]) == 1_030_720
+    both, _ = shapes(Ulsad(), spec(1, 32, 32, 384), spec(1, 256, 256, 3), train=False)
+    assert count(both["params"]) == 65_487_744 + 1_030_720
+
+
+@pytest.mark.parametrize(
+    ("extent", "sizes"),
+    [
+        (64, (1, 2, 3, 7, 15, 8)),
+        (96, (1, 3, 5, 11, 23, 12)),
+        (128, (1, 4, 7, 15, 31, 16)),
+        (256, (3, 8, 15, 31, 63, 32)),
+    ],
+)
+def test_decoder_sizes(extent, sizes):
+    assert decoder_sizes(extent) == sizes
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_output_activation(variables, activation):
+    outputs = predict(variables, *small_inputs(), output_activation=activation)
+    lowest = min(outputs["local"].min(), outputs["predicted_global"].min())
+    assert lowest < 0 if activation == "identity" else lowest == 0
+    assert outputs["global_"].min() < 0  # linear in either case
+
+
+def test_relu_only_clips_the_identity(variables):
+    inputs = small_inputs()
+    relu = predict(variables, *inputs, output_activation="relu")
+    identity = predict(variables, *inputs, output_activation="identity")
+    for name in ("local", "predicted_global"):
+        clipped = np.maximum(identity[name], 0)
+        np.testing.assert_allclose(relu[name], clipped, atol=1e-6)
+
+
+def test_evaluation_does_not_mix_images(variables):
+    features, images = small_inputs()
+    together = predict(variables, features, images)
+    for i in range(len(images)):
+        alone = predict(variables, features[i : i + 1], images[i : i + 1])
+        for name in together:
+            np.testing.assert_allclose(alone[name][0], together[name][i], atol=1e-5)
+
+
+def test_training_updates_every_running_statistic(variables):
+    apply = jax.jit(
+        lambda *args: Ulsad(16).apply(*args, train=True, mutable=["batch_stats"])
+    )
+    outputs, updates = apply(variables, *small_inputs())
+    old = jax.tree.leaves(variables["batch_stats"])
+    new = jax.tree.leaves(updates["batch_stats"])
+    assert len(old) == len(new) == 2 * (6 + 12)
+    for before, after in zip(old, new, strict=True):
+        assert (before != after).all()
+    evaluated = predict(variables, *small_inputs())
+    assert np.abs(outputs["global_"] - evaluated["global_"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_bfloat16_keeps_float32_outside(train):
+    features, images = small_inputs()
+    variables, outputs = shapes(
+        Ulsad(16, dtype=jnp.bfloat16),
+        spec(*features.shape),
+        spec(*images.shape),
+        train=train,
+    )
+    for leaf in jax.tree.leaves((variables, outputs)):
+        assert leaf.dtype == jnp.float32
+    variables, pyramid = shapes(
+        FeaturePyramid("resnet18", jnp.bfloat16), spec(*images.shape)
+    )
+    for leaf in jax.tree.leaves((variables, pyramid)):
+        assert leaf.dtype == jnp.float32
+
+
+def test_bfloat16_is_near_float32(variables):
+    exact = predict(variables, *small_inputs())
+    coarse = predict(variables, *small_inputs(), dtype=jnp.bfloat16)
+    for name in ("local", "predicted_global", "global_"):
+        error = np.linalg.norm(coarse[name] - exact[name])
+        assert 0 < error < 0.05 * np.linalg.norm(exact[name])
+
+
+def test_pyramid_takes_bytes_or_floats():
+    model = FeaturePyramid("resnet18")
+    rng = np.random.default_rng(2)
+    image = rng.integers(0, 256, (1, *SMALL, 3), dtype=np.uint8)
+    as_float = (image / 255).astype(np.float32)
+    variables = draw_variables(model, as_float)
+    features = [jax.jit(model.apply)(variables, x) for x in (image, as_float)]
+    np.testing.assert_allclose(*features, rtol=1e-4, atol=1e-5)
+    assert np.abs(features[0]).max() > 0

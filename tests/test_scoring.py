@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from ulsad_jax import scoring
+
+
+def draw(seed, shape):
+    """Positive values with a long tail, like reconstruction errors."""
+    return np.random.default_rng(seed).gamma(2, size=shape).astype(np.float32)
+
+
+def enlarge(image, size):
+    """Bilinear sampling at half-pixel centres, the edge pixel beyond the edge."""
+    points = [
+        (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
+        for n_in, n_out in zip(image.shape, size, strict=True)
+    ]
+    grid = np.meshgrid(*points, indexing="ij")
+    return ndimage.map_coordinates(image.astype(float), grid, order=1, mode="nearest")
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"),
+    [((8, 8), (64, 64)), ((8, 12), (64, 96)), ((16, 8), (128, 64)), ((9, 7), (50, 40))],
+)
+def test_enlarge_and_blur(grid, size):
+    maps = draw(0, (3, *grid))
+    ours = scoring.enlarge_and_blur(jnp.asarray(maps), size)
+    assert ours.shape == (3, *size)
+    for ours_one, image in zip(ours, maps, strict=True):
+        expected = ndimage.gaussian_filter(
+            enlarge(image, size), sigma=4, truncate=4, mode="mirror"
+        )
+        np.testing.assert_allclose(ours_one, expected, rtol=1e-5)
+
+
+def test_raw_maps_compare_the_right_outputs():
+    rng = np.random.default_rng(1)
+    x, g = (rng.normal(size=(2, 8, 12, 6)).astype(np.float32) for _ in range(2))
+    outputs = {"features": x, "local": x, "global_": g, "predicted_global": g}
+    size = (64, 96)
+    maps = scoring.raw_maps(outputs, size)
+    assert maps.local.shape == maps.global_.shape == (2, *size)
+    assert np.abs(maps.local).max() < 1e-5
+    assert np.abs(maps.global_).max() < 1e-5
+    # A constant distance is neither enlarged nor blurred away.
+    off = scoring.raw_maps(outputs | {"local": x + 3}, size, cosine_weight=0.0)
+    np.testing.assert_allclose(off.local, 9, rtol=1e-5)
+    np.testing.assert_allclose(off.global_, 0, atol=1e-5)
+    off = scoring.raw_maps(outputs | {"predicted_global": -2 * g}, size)
+    flipped = scoring.enlarge_and_blur(9 * np.square(g).mean(-1) + 1, size)
+    np.testing.assert_allclose(off.global_, flipped, rtol=1e-5)
+    assert np.abs(off.local).max() < 1e-5
+
+
+def test_quantile_calibration_sets_two_points():
+    local, global_ = draw(2, (5, 32, 48)), 7 + 20 * draw(3, (5, 32, 48))
+    calibration = scoring.calibrate(local, global_, method="quantile")
+    calibrated = scoring.calibrate_maps(scoring.Maps(local, global_), calibration)
+    for values in calibrated:
+        low, high = np.quantile(values, (0.9, 0.995))
+        assert low == pytest.approx(0, abs=1e-6)
+        assert high == pytest.approx(0.1, rel=1e-5)
+
+
+def test_no_calibration_averages_raw_maps():
+    maps = scoring.Maps(draw(4, (3, 16, 24)), 5 * draw(5, (3, 16, 24)))
+    calibration = scoring.calibrate(*maps, method="none")
+    expected = (maps.local + maps.global_) / 2
+    np.testing.assert_allclose(scoring.fuse(maps, calibration), expected, rtol=1e-6)
+
+
+def test_fused_map_averages_calibrated_maps():
+    maps = scoring.Maps(draw(6, (2, 4, 6)), draw(7, (2, 4, 6)))
+    calibration = scoring.Calibration(1.0, 2.0, 3.0, 4.0)
+    expected = 0.5 * (maps.local - 1) * 2 + 0.5 * (maps.global_ - 3) * 4
+    np.testing.assert_allclose(scoring.fuse(maps, calibration), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["quantile", "none"])
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_constant_maps_stay_finite(method, value):
+    constant = np.full((2, 8, 8), value, np.float32)
+    varied = draw(8, (2, 8, 8))
+    calibration = scoring.calibrate(constant, varied, method=method)
+    assert np.isfinite(list(vars(calibration).values())).all()
+    fused = scoring.fuse(scoring.Maps(constant, varied), calibration)
+    assert np.isfinite(fused).all()
+    calibration = scoring.calibrate(constant, constant, method=method)
+    assert np.isfinite(list(vars(calibration).values())).all()
+    assert calibration.display_low < calibration.display_high
+
+
+@pytest.mark.parametrize("method", ["quantile", "none"])
+def test_display_range_leaves_room_above_normal_images(method):
+    maps = scoring.Maps(draw(9, (4, 16, 16)), draw(10, (4, 16, 16)))
+    calibration = scoring.calibrate(*maps, method=method)
+    fused = np.asarray(scoring.fuse(maps, calibration))
+    assert calibration.display_low == pytest.approx(np.median(fused), abs=1e-6)
+    assert calibration.display_high > fused.max()
+
+
+def test_image_score_is_the_maximum():
+    anomaly_map = draw(11, (3, 8, 12)) - 5
+    expected = [anomaly_map[i].max() for i in range(3)]
+    np.testing.assert_array_equal(scoring.image_score(anomaly_map), expected)

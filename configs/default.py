@@ -61,13 +61,9 @@ def get_config(category: str = "all") -> ConfigDict:
     # Loss terms: any name -> `term` (one of these three, or "module:function" of your
     # own), `weight`, and the term's own keyword arguments.
     config.losses = losses = ConfigDict()
-    losses.local = ConfigDict({"term": "local", "weight": 1.0, "cosine_weight": 0.5})
-    losses.attention = ConfigDict(
-        {"term": "attention", "weight": 1.0, "cosine_weight": 0.5}
-    )
-    losses.consistency = ConfigDict(
-        {"term": "consistency", "weight": 1.0, "cosine_weight": 0.5}
-    )
+    losses.local = {"term": "local", "weight": 1.0, "cosine_weight": 0.5}
+    losses.attention = {"term": "attention", "weight": 1.0, "cosine_weight": 0.5}
+    losses.consistency = {"term": "consistency", "weight": 1.0, "cosine_weight": 0.5}
 
     # Adam with L2 decay added to the gradient.
     config.optimizer = optimizer = ConfigDict()

@@ -148,7 +148,7 @@ class CategoryRun:
         self._pyramid = FeaturePyramid(config.trunk.architecture, dtype)
         self._model = training.make_model(config)
         self._predict = evaluation.make_predict_step(self._pyramid, self._model)
-        self._data = _open_data(config, category)
+        self._data = open_data(config, category)
 
     def fit(self) -> int:
         """Trains what is left to train; returns the step to evaluate."""
@@ -369,7 +369,8 @@ class CategoryRun:
         return shown
 
 
-def _open_data(config: ConfigDict, category: str) -> Category:
+def open_data(config: ConfigDict, category: str) -> Category:
+    """The images of a category that `list_categories` gave."""
     dataset = config.dataset
     root = synthetic_root(config) if dataset.name == "synthetic" else Path(dataset.root)
     return open_category(

@@ -204,6 +204,21 @@ def make_validate(
     return validate
 
 
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """How many whole batches there are; the incomplete last one is left out.
+
+    Raises:
+        UserError: not even one.
+    """
+    if count < batch_size:
+        raise UserError(
+            f"Expected at least one batch of {batch_size} training images, without "
+            f"those held out for validation, found {count}. Set "
+            f"--config.train.batch_size to {count} or less (from 2 up), or add images."
+        )
+    return count // batch_size
+
+
 def epoch_order(
     count: int, *, seed: int, category: str, epoch: int
 ) -> Int[np.ndarray, " count"]:
@@ -249,9 +264,6 @@ class Trainer:
             trunk: what made the features, stored with every checkpoint.
             score_test: for the reference's selection, gives the image AUROC on the
                 test set of (variables, calibration).
-
-        Raises:
-            UserError: fewer images than one batch.
         """
         self._config, self._category = config, category
         self._train, self._statistics = train, statistics
@@ -259,14 +271,7 @@ class Trainer:
         self._store, self._writer, self._listing = store, writer, listing
         self._trunk = dataclasses.asdict(trunk)
         batch = config.train.batch_size
-        self._steps_per_epoch = len(train.images) // batch
-        if not self._steps_per_epoch:
-            count = len(train.images)
-            raise UserError(
-                f"Expected at least one batch of {batch} training images of "
-                f"{category!r} (without the validation images), found {count}. Set "
-                f"--config.train.batch_size to {count} or less, or add images."
-            )
+        self._steps_per_epoch = steps_per_epoch(len(train.images), batch)
         model = make_model(config)
         optimizer = make_optimizer(**config.optimizer)
         key = jax.random.fold_in(jax.random.key(config.seed), category_seed(category))

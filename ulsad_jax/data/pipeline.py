@@ -70,7 +70,7 @@ class Examples:
         return len(self.records)
 
     @property
-    def labels(self) -> Int32[np.ndarray, "n"]:
+    def labels(self) -> Int32[np.ndarray, " n"]:
         """0 for a normal image, 1 for an anomalous one."""
         return np.array([record.label for record in self.records], np.int32)
 

@@ -33,7 +33,7 @@ def resize_bilinear(
     pixels = image.reshape(-1, image.shape[2])  # h w c -> (h w) c
     across = across[None, :, None]
 
-    def sample(rows: Int[np.ndarray, "H"]) -> Float[np.ndarray, "H W c"]:
+    def sample(rows: Int[np.ndarray, " H"]) -> Float[np.ndarray, "H W c"]:
         # Takes the few pixels that are needed before anything is made a float.
         start = image.shape[1] * rows[:, None]
         return _mix(
@@ -63,7 +63,7 @@ def resize_nearest(
 
 def _neighbours(
     n: int, out: int
-) -> tuple[Int[np.ndarray, "out"], Int[np.ndarray, "out"], Float[np.ndarray, "out"]]:
+) -> tuple[Int[np.ndarray, " out"], Int[np.ndarray, " out"], Float[np.ndarray, " out"]]:
     """The two pixels around each sampling point, and the second one's weight."""
     position = np.clip((np.arange(out) + 0.5) * (n / out) - 0.5, 0, n - 1)
     first = position.astype(np.int64)

@@ -25,7 +25,7 @@ class UndefinedMetricWarning(UserWarning):
     """A metric is NaN because the data does not define it."""
 
 
-def auroc(labels: Num[np.ndarray, "n"], scores: Float[np.ndarray, "n"]) -> float:
+def auroc(labels: Num[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float:
     """The area under the ROC curve (scikit-learn's `roc_auc_score`).
 
     Args:
@@ -45,7 +45,7 @@ def auroc(labels: Num[np.ndarray, "n"], scores: Float[np.ndarray, "n"]) -> float
 
 
 def average_precision(
-    labels: Num[np.ndarray, "n"], scores: Float[np.ndarray, "n"]
+    labels: Num[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
 ) -> float:
     """Σ (R_k - R_{k-1}) P_k, a step sum (scikit-learn's `average_precision_score`).
 
@@ -58,7 +58,7 @@ def average_precision(
 
 
 def f1_max(
-    labels: Num[np.ndarray, "n"], scores: Float[np.ndarray, "n"]
+    labels: Num[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
 ) -> tuple[float, float]:
     """The largest F1 over all thresholds, and its threshold.
 
@@ -79,7 +79,7 @@ def f1_max(
 
 
 def by_type(
-    types: Sequence[str], scores: Float[np.ndarray, "n"], *, normal: str = "good"
+    types: Sequence[str], scores: Float[np.ndarray, " n"], *, normal: str = "good"
 ) -> dict[str, float]:
     """The AUROC of each type of anomaly: all normal images against that type's.
 
@@ -160,16 +160,16 @@ def check_finite(scores: Num[np.ndarray, "..."]) -> None:
     )
 
 
-def find_tie_ends(descending: Num[np.ndarray, "n"]) -> Int[np.ndarray, "k"]:
+def find_tie_ends(descending: Num[np.ndarray, " n"]) -> Int[np.ndarray, " k"]:
     """The index of the last of each run of equal scores; n >= 1."""
     changes = np.flatnonzero(descending[1:] != descending[:-1])
     return np.append(changes, descending.size - 1)
 
 
 def find_best_f1(
-    true_positives: Int[np.ndarray, "k"],
-    predicted: Int[np.ndarray, "k"],
-    thresholds: Num[np.ndarray, "k"],
+    true_positives: Int[np.ndarray, " k"],
+    predicted: Int[np.ndarray, " k"],
+    thresholds: Num[np.ndarray, " k"],
 ) -> tuple[float, float]:
     """The largest F1 and the first threshold that reaches it.
 
@@ -185,8 +185,8 @@ def find_best_f1(
 
 
 def _check(
-    labels: Shaped[np.ndarray, "n"], scores: Num[np.ndarray, "n"]
-) -> tuple[Bool[np.ndarray, "n"], Num[np.ndarray, "n"]]:
+    labels: Shaped[np.ndarray, " n"], scores: Num[np.ndarray, " n"]
+) -> tuple[Bool[np.ndarray, " n"], Num[np.ndarray, " n"]]:
     """Checks what the public functions are given."""
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 1 or labels.shape != scores.shape:

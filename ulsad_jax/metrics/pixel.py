@@ -108,10 +108,10 @@ class _Curve(NamedTuple):
         pro: the mean over regions of the share of the region that is.
     """
 
-    thresholds: Num[np.ndarray, "k"]
-    true_positives: Int[np.ndarray, "k"]
-    predicted: Int[np.ndarray, "k"]
-    pro: Float[np.ndarray, "k"]
+    thresholds: Num[np.ndarray, " k"]
+    true_positives: Int[np.ndarray, " k"]
+    predicted: Int[np.ndarray, " k"]
+    pro: Float[np.ndarray, " k"]
 
 
 def _sweep(masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"]) -> _Curve:

@@ -1,0 +1,286 @@
+"""One category of a run: its data, its networks, its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ulsad_jax import config as config_lib
+from ulsad_jax import evaluation, features, pretrained, results, scoring, training
+from ulsad_jax.checkpoint import CheckpointStore
+from ulsad_jax.data.pipeline import Category, Examples
+from ulsad_jax.data.records import listing
+from ulsad_jax.losses import make_loss_fn
+from ulsad_jax.metrics import image as image_metrics
+from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
+from ulsad_jax.report import figures
+from ulsad_jax.writer import Writer, progress
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+    from ml_collections import ConfigDict
+
+RESULTS = "results.json"
+LOCO_LAYOUTS = ("mvtec_loco", "synthetic")  # their headline is the mean of two types
+
+
+class CategoryRun:
+    """One category of a run: its data, its networks, its folder."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        category: str,
+        *,
+        data: Category,
+        folder: Path,
+        trunk: pretrained.Trunk,
+    ):
+        """Makes what training and evaluation share.
+
+        Args:
+            config: the run's.
+            category: its name.
+            data: its images.
+            folder: its folder in the work directory.
+            trunk: the run's.
+        """
+        self._config, self._name, self._folder = config, category, folder
+        self._data, self._trunk = data, trunk
+        dtype = jnp.dtype(config.train.dtype)
+        self._pyramid = FeaturePyramid(config.trunk.architecture, dtype)
+        self._model = training.make_model(config)
+        self._predict = evaluation.make_predict_step(self._pyramid, self._model)
+
+    def fit(self) -> int:
+        """Trains what is left to train; returns the step to evaluate."""
+        config, data = self._config, self._data
+        steps = config.train.num_epochs * training.steps_per_epoch(
+            len(data.train), config.train.batch_size
+        )
+        with Writer(self._folder, self._name) as writer, self._store() as store:
+            if steps <= (store.latest() or 0):
+                return self._select(store)
+            writer.say(
+                f"{len(data.train)} training, {len(data.validation)} validation, "
+                f"{len(data.test)} test images"
+            )
+            train, validation, statistics = self._extract()
+            loss_fn = make_loss_fn(config.losses)
+            validate = training.make_validate(
+                self._model,
+                loss_fn,
+                validation,
+                batch_size=config.evaluation.batch_size,
+                method=config.calibration,
+            )
+            training.Trainer(
+                config,
+                self._name,
+                train=train,
+                statistics=statistics,
+                loss_fn=loss_fn,
+                validate=validate,
+                store=store,
+                writer=writer,
+                listing=listing([*data.train.records, *data.validation.records]),
+                trunk=self._trunk.identity,
+                score_test=self._make_score_test(statistics),
+            ).run()
+            return self._select(store)
+
+    def evaluate(self, step: int | None = None) -> None:
+        """Scores every test image with a checkpoint; writes results and pictures."""
+        with self._store() as store:
+            step = self._select(store) if step is None else step
+            weights = self._restore(store, step)
+        prediction, truth = self._predict_test(weights)
+        metrics = self._measure(prediction, truth)
+        records = self._data.test.records
+        results.write_scores(self._folder / "scores.csv", records, prediction)
+        pictures = self._write_pictures(prediction, truth, weights.calibration)
+        with Writer(self._folder, self._name) as writer:
+            if not records:
+                writer.say("no test images: nothing to measure")
+            writer.scalars(
+                step,
+                {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)},
+            )
+            writer.pictures(step, pictures)
+        document = {"step": step, "selection": self._config.selection}
+        document["metrics"] = results.finite(metrics)
+        (self._folder / RESULTS).write_text(json.dumps(document, indent=2) + "\n")
+
+    def _measure(
+        self, prediction: evaluation.Prediction, truth: evaluation.Truth
+    ) -> dict[str, float]:
+        metrics = {
+            "test_images": len(truth.labels),
+            "test_anomalous": int(truth.labels.sum()),
+        }
+        if not len(truth.labels):
+            return metrics
+        loco = self._config.dataset.name in LOCO_LAYOUTS
+        return (
+            metrics
+            | evaluation.image_level(
+                truth.labels, truth.types, prediction.score, loco=loco
+            )
+            | evaluation.pixel_level(
+                truth.masks, truth.has_mask, prediction.anomaly_map
+            )
+        )
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the folder's results are those of this step."""
+        path = self._folder / RESULTS
+        if not path.exists():
+            return False
+        document = json.loads(path.read_text())
+        return (document["step"], document["selection"]) == (
+            step,
+            self._config.selection,
+        )
+
+    def _store(self) -> CheckpointStore:
+        on_test = self._config.selection == config_lib.BEST_TEST_AUROC
+        return CheckpointStore(
+            self._folder / "checkpoints",
+            metric="test_image_auroc" if on_test else "validation_loss",
+            largest=on_test,
+        )
+
+    def _select(self, store: CheckpointStore) -> int:
+        return store.select(best=self._config.selection != "last")
+
+    def _extract(
+        self,
+    ) -> tuple[features.Kept, features.Kept, features.ChannelStatistics]:
+        """Features of the training and validation normals, standardised."""
+        extractor = features.make_extractor(self._pyramid, self._trunk.variables)
+        kept = [
+            features.extract(extractor, self._batches(split, title), len(split))
+            for split, title in (
+                (self._data.train, "training features"),
+                (self._data.validation, "validation features"),
+            )
+        ]
+        statistics = features.channel_statistics(kept[0][0])
+        for raw, _ in kept:  # in place: features may be most of the memory
+            raw -= statistics.mean
+            raw /= statistics.std
+        train, validation = (features.Kept(*pair) for pair in kept)
+        return train, validation, statistics
+
+    def _make_score_test(
+        self, statistics: features.ChannelStatistics
+    ) -> Callable[..., float] | None:
+        """Image AUROC on the test set, for the reference's selection alone."""
+        if self._config.selection != config_lib.BEST_TEST_AUROC:
+            return None
+
+        def score_test(variables, calibration) -> float:
+            weights = evaluation.Weights(
+                self._trunk.variables, statistics, variables, calibration
+            )
+            prediction, truth = self._predict_test(weights)
+            return image_metrics.auroc(truth.labels, prediction.score)
+
+        return score_test
+
+    def _predict_test(
+        self, weights: evaluation.Weights
+    ) -> tuple[evaluation.Prediction, evaluation.Truth]:
+        return evaluation.predict_split(
+            lambda image: self._predict(weights, image),
+            self._batches(self._data.test, "test images"),
+            types=self._data.test.types,
+            image_size=tuple(self._config.image_size),
+        )
+
+    def _batches(self, split: Examples, title: str) -> Iterable[dict[str, np.ndarray]]:
+        size = self._config.evaluation.batch_size
+        return progress(
+            split.batches(size),
+            f"[{self._name}] {title}",
+            total=-(-len(split) // size),
+        )
+
+    def _restore(self, store: CheckpointStore, step: int) -> evaluation.Weights:
+        """The weights of a checkpoint, if it was trained with this trunk."""
+        progress = store.restore_progress(step)
+        expected = pretrained.TrunkIdentity(**progress["trunk"])
+        pretrained.check_same(expected, self._trunk.identity, self._folder)
+        model, calibration = store.restore_model(step, model=self._abstract_model())
+        return evaluation.Weights(
+            trunk=self._trunk.variables,
+            statistics=features.ChannelStatistics(**model["channels"]),
+            variables=model["variables"],
+            calibration=scoring.Calibration(**calibration),
+        )
+
+    def _abstract_model(self) -> Any:
+        """Shapes of the checkpoint item that evaluation reads."""
+        height, width = self._config.image_size
+        channels = (FEATURE_CHANNELS,)
+        variables = jax.eval_shape(
+            lambda: self._model.init(
+                jax.random.key(0),
+                jnp.zeros((2, height // 8, width // 8, *channels)),
+                jnp.zeros((2, height, width, 3)),
+                train=False,
+            )
+        )
+        statistics = features.ChannelStatistics(
+            *(jax.ShapeDtypeStruct(channels, jnp.float32),) * 2
+        )
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            training.model_tree(variables, statistics),
+        )
+
+    def _write_pictures(
+        self,
+        prediction: evaluation.Prediction,
+        truth: evaluation.Truth,
+        calibration: scoring.Calibration,
+    ) -> list[tuple[str, UInt8[np.ndarray, "h w 3"]]]:
+        """Writes pictures of each type; returns one a type for TensorBoard."""
+        folder = self._folder / "pictures"
+        shutil.rmtree(folder, ignore_errors=True)
+        limit = self._config.evaluation.pictures_per_type
+        shown = []
+        for kind in dict.fromkeys(truth.types):
+            rows = [i for i, name in enumerate(truth.types) if name == kind]
+            if limit >= 0:  # spread over the type's images
+                rows = [
+                    rows[k]
+                    for k in np.linspace(
+                        0, len(rows) - 1, min(limit, len(rows))
+                    ).astype(int)
+                ]
+            target = folder / results.file_name(kind)
+            target.mkdir(parents=True, exist_ok=True)
+            for i in rows:
+                drawn = figures.picture(
+                    truth.images[i],
+                    truth.masks[i],
+                    prediction.anomaly_map[i],
+                    low=calibration.display_low,
+                    high=calibration.display_high,
+                )
+                stem = results.file_name(self._data.test.records[i].image.stem)
+                Image.fromarray(drawn).save(target / f"{stem}.png")
+                if i == rows[0]:
+                    shown.append((f"test/{kind}", drawn))
+        return shown

@@ -68,8 +68,11 @@ class CategoryRun:
             len(data.train), config.train.batch_size
         )
         with Writer(self._folder, self._name) as writer, self._store() as store:
-            if steps <= (store.latest() or 0):
-                return self._select(store)
+            latest = store.latest()
+            if latest is not None:
+                self._check_trunk(store, latest)
+                if latest >= steps:
+                    return self._select(store)
             writer.say(
                 f"{len(data.train)} training, {len(data.validation)} validation, "
                 f"{len(data.test)} test images"
@@ -215,11 +218,13 @@ class CategoryRun:
             total=-(-len(split) // size),
         )
 
+    def _check_trunk(self, store: CheckpointStore, step: int) -> None:
+        expected = pretrained.TrunkIdentity(**store.restore_progress(step)["trunk"])
+        pretrained.check_same(expected, self._trunk.identity, self._folder)
+
     def _restore(self, store: CheckpointStore, step: int) -> evaluation.Weights:
         """The weights of a checkpoint, if it was trained with this trunk."""
-        progress = store.restore_progress(step)
-        expected = pretrained.TrunkIdentity(**progress["trunk"])
-        pretrained.check_same(expected, self._trunk.identity, self._folder)
+        self._check_trunk(store, step)
         model, calibration = store.restore_model(step, model=self._abstract_model())
         return evaluation.Weights(
             trunk=self._trunk.variables,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from ulsad_jax import files
 from ulsad_jax.data.layouts import LAYOUTS
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.local import ACTIVATIONS
@@ -109,7 +110,8 @@ def validate(config: ConfigDict) -> None:
 
 def save(config: ConfigDict, path: Path) -> None:
     """Writes the resolved config as JSON."""
-    path.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
+    files.replace(path, text + "\n")
 
 
 def load(path: Path) -> ConfigDict:

@@ -20,7 +20,6 @@ from ulsad_jax.data.pipeline import Category, open_category
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
 
-
 CONFIG, TRUNK = "config.json", "trunk.safetensors"
 
 
@@ -40,10 +39,10 @@ def train(config: ConfigDict, workdir: Path) -> str:
     """
     config_lib.validate(config)
     make_loss_fn(config.losses)  # before anything is written
+    _check_workdir(config, workdir)
     _cache_compilations(config)
-    _claim(config, workdir)
     categories = list_categories(config)
-    trunk = _trunk(config, workdir)
+    trunk = _claim(config, workdir)
     for category in categories:
         folder = workdir / results.file_name(category)
         folder.mkdir(exist_ok=True)
@@ -134,32 +133,39 @@ def _cache_compilations(config: ConfigDict) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _claim(config: ConfigDict, workdir: Path) -> None:
-    """Makes the work directory this run's, or checks that it is.
+def _check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a work directory that this run could not go on in.
 
     Raises:
-        UserError: it is something else, belongs to another config, or cannot be
-            written.
+        UserError: it is something else, or holds checkpoints of another config.
     """
     path = workdir / CONFIG
     if path.exists():
-        config_lib.check_resumable(config_lib.load(path), config, workdir)
-    elif workdir.is_dir() and any(workdir.iterdir()):
+        if _has_checkpoints(workdir):
+            config_lib.check_resumable(config_lib.load(path), config, workdir)
+    elif workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise UserError(
             f"Expected an empty or new folder, or that of an earlier run, found "
-            f"{workdir} with other files in it. Give another --workdir."
+            f"{workdir} with something else in it. Give another --workdir."
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, path)
 
 
-def _trunk(config: ConfigDict, workdir: Path) -> pretrained.Trunk:
-    """The run's own copy of its trunk, made by its first command."""
+def _claim(config: ConfigDict, workdir: Path) -> pretrained.Trunk:
+    """Makes the work directory this run's: its config, its copy of the trunk."""
     path = workdir / TRUNK
-    if not path.exists():
+    if path.exists() and _has_checkpoints(workdir):
+        trunk = pretrained.load_saved_trunk(path)
+    else:
         trunk = pretrained.load_trunk(**config.trunk, seed=config.seed)
-        pretrained.save_trunk(trunk, path)
-    return pretrained.load_saved_trunk(path)
+    workdir.mkdir(parents=True, exist_ok=True)
+    config_lib.save(config, workdir / CONFIG)
+    pretrained.save_trunk(trunk, path)
+    return trunk
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+    """Whether anything was trained that another config could not go on with."""
+    return any(workdir.glob("*/checkpoints/*"))
 
 
 def _collect(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax import torch_import
+from ulsad_jax import files, torch_import
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.resnet import ResNet
 
@@ -70,9 +70,7 @@ def save_trunk(trunk: Trunk, path: Path) -> None:
 
     arrays = torch_import.export(trunk.variables)
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(save(arrays, dataclasses.asdict(trunk.identity)))
-    temporary.replace(path)
+    files.replace(path, save(arrays, dataclasses.asdict(trunk.identity)))
 
 
 def load_saved_trunk(path: Path) -> Trunk:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ulsad_jax import files
 from ulsad_jax.data.records import Record
 from ulsad_jax.evaluation import Prediction
 
@@ -61,7 +62,7 @@ def write(
         "categories": {name: finite(row) for name, row in categories.items()},
         "mean": finite(mean),
     }
-    _replace(folder / "results.json", json.dumps(document, indent=2) + "\n")
+    files.replace(folder / "results.json", json.dumps(document, indent=2) + "\n")
     with (folder / "results.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["category", "selected_on_test", *mean])
@@ -127,9 +128,3 @@ def file_name(name: str) -> str:
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

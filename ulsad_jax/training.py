@@ -402,6 +402,7 @@ class Trainer:
     def _resume(self) -> None:
         """Takes up the last checkpoint, if there is one."""
         step = self._store.latest()
+        self._writer.rewind(step or 0)
         if step is None:
             return
         model, opt_state, progress = self._store.restore_training(
@@ -422,7 +423,6 @@ class Trainer:
             opt_state=opt_state,
         )
         self._sums, self._saved = progress["sums"], step
-        self._writer.rewind(step)
 
 
 def model_tree(

@@ -12,6 +12,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from ulsad_jax import files
+
 
 def progress(items: Iterable[Any], title: str, *, total: int | None = None) -> Any:
     """A progress bar on a terminal, nothing elsewhere; iterates over `items`."""
@@ -97,9 +99,7 @@ class Writer:
                     kept.append(line + "\n")
             except ValueError:  # the line that a kill cut off
                 break
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self._path)
+        files.replace(self._path, "".join(kept))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds TensorBoard scalars."""

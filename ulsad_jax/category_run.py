@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from ulsad_jax import config as config_lib
-from ulsad_jax import evaluation, features, pretrained, results, scoring, training
+from ulsad_jax import evaluation, features, files, pretrained, results, scoring
+from ulsad_jax import training
 from ulsad_jax.checkpoint import CheckpointStore
 from ulsad_jax.data.pipeline import Category, Examples
 from ulsad_jax.data.records import listing
@@ -121,7 +122,7 @@ class CategoryRun:
             writer.pictures(step, pictures)
         document = {"step": step, "selection": self._config.selection}
         document["metrics"] = results.finite(metrics)
-        (self._folder / RESULTS).write_text(json.dumps(document, indent=2) + "\n")
+        files.replace(self._folder / RESULTS, json.dumps(document, indent=2) + "\n")
 
     def _measure(
         self, prediction: evaluation.Prediction, truth: evaluation.Truth

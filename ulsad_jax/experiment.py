@@ -15,7 +15,7 @@ from ulsad_jax import config as config_lib
 from ulsad_jax import pretrained, results
 from ulsad_jax.category_run import RESULTS, CategoryRun
 from ulsad_jax.data import synthetic
-from ulsad_jax.data.layouts import find_categories
+from ulsad_jax.data.layouts import select_categories
 from ulsad_jax.data.pipeline import Category, open_category
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
@@ -87,19 +87,15 @@ def evaluate(workdir: Path, *, root: str = "", selection: str = "") -> str:
 def list_categories(config: ConfigDict) -> list[str]:
     """The categories that a config asks for; draws the synthetic ones."""
     dataset = config.dataset
-    if dataset.name == "synthetic":
-        names = dataset.category
-        if names == "all":
-            names = "assembly"
-        for name in names.split(","):
-            synthetic.write_category(
-                synthetic_root(config), category=name, **dataset.synthetic
-            )
-        return names.split(",")
-    found = find_categories(dataset.name, Path(dataset.root).expanduser())
-    if dataset.category == "all":
-        return found
-    return dataset.category.split(",")
+    names = [name.strip() for name in dataset.category.split(",")]
+    if dataset.name != "synthetic":
+        return select_categories(dataset.name, Path(dataset.root).expanduser(), names)
+    names = ["assembly"] if names == ["all"] else list(dict.fromkeys(names))
+    for name in names:
+        synthetic.write_category(
+            synthetic_root(config), category=name, **dataset.synthetic
+        )
+    return names
 
 
 def synthetic_root(config: ConfigDict) -> Path:

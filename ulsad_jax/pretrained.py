@@ -130,7 +130,7 @@ def _make(architecture: str, source: str, arrays: Mapping[str, np.ndarray]) -> T
         digest.update(f"{name}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value, np.float32).tobytes())
     identity = TrunkIdentity(architecture, source, digest.hexdigest())
-    return Trunk(identity, variables)
+    return Trunk(identity, jax.device_put(variables))
 
 
 def _download(repository: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -62,6 +63,25 @@ def find_categories(name: str, root: Path) -> list[str]:
     return found
 
 
+def select_categories(name: str, root: Path, wanted: Sequence[str]) -> list[str]:
+    """The wanted categories, each once; all that are found for ["all"].
+
+    Raises:
+        UserError: what `find_categories` raises, or an unknown category.
+    """
+    known = find_categories(name, root)
+    if list(wanted) == ["all"]:
+        return known
+    for category in wanted:
+        if category not in known:
+            raise UserError(
+                f"Expected a category of {name!r} found in {root} "
+                f"({', '.join(known)}), found {category!r}. Correct the name, or "
+                "unpack that category there."
+            )
+    return list(dict.fromkeys(wanted))
+
+
 def find_records(name: str, root: Path, category: str) -> list[Record]:
     """The checked records of one category, in a fixed order.
 
@@ -74,10 +94,5 @@ def find_records(name: str, root: Path, category: str) -> list[Record]:
         UserError: what `find_categories` raises, an unknown category, or data that
             cannot be trained on.
     """
-    known = find_categories(name, root)
-    if category not in known:
-        raise UserError(
-            f"Expected a category of {name!r} found in {root} ({', '.join(known)}), "
-            f"found {category!r}. Correct the name, or unpack that category there."
-        )
+    select_categories(name, root, [category])
     return check(LAYOUTS[name].records(root, category), root)

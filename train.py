@@ -1,5 +1,7 @@
 """Trains and evaluates: `python train.py --config=configs/<file>.py:<category> ...`."""
 
+import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -25,5 +27,25 @@ def main(argv: list[str]) -> None:
         print(experiment.train(_CONFIG.value, Path(_WORKDIR.value).expanduser()))
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a config file or a field that is not there is one message."""
+    try:
+        arguments = app.parse_flags_with_usage(argv)
+        _ = _CONFIG.value.seed  # fails here if the file could not be read
+        return arguments
+    except (AttributeError, LookupError, OSError, SyntaxError, TypeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(frame.name == "get_config" for frame in frames):
+            raise  # an error of the config file's own
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        found = error.args[0] if isinstance(error, KeyError) else error
+        sys.exit(
+            "error: Expected a config file, --config=<file>.py[:<category>], and "
+            f"fields of it, --config.<field>=<value>, found: {found}. See README, "
+            "section Configuration; configs/default.py has every field."
+        )
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +16,24 @@ import numpy as np
 from PIL import Image
 
 from ulsad_jax import config as config_lib
-from ulsad_jax import evaluation, features, files, pretrained, results, scoring
-from ulsad_jax import training
+from ulsad_jax import (
+    evaluation,
+    features,
+    files,
+    pretrained,
+    results,
+    scoring,
+    training,
+)
 from ulsad_jax.checkpoint import CheckpointStore
 from ulsad_jax.data.pipeline import Category, Examples
 from ulsad_jax.data.records import listing
 from ulsad_jax.losses import make_loss_fn
 from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
+from ulsad_jax.progress import progress
 from ulsad_jax.report import figures
-from ulsad_jax.writer import Writer, progress
+from ulsad_jax.writer import Writer
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -108,13 +117,17 @@ class CategoryRun:
             step = self._select(store) if step is None else step
             weights = self._restore(store, step)
         prediction, truth = self._predict_test(weights)
-        metrics = self._measure(prediction, truth)
+        with warnings.catch_warnings(record=True) as undefined:
+            warnings.simplefilter("always", UserWarning)
+            metrics = self._measure(prediction, truth)
         records = self._data.test.records
         results.write_scores(self._folder / "scores.csv", records, prediction)
         pictures = self._write_pictures(prediction, truth, weights.calibration)
         with Writer(self._folder, self._name) as writer:
             if not records:
                 writer.say("no test images: nothing to measure")
+            for text in dict.fromkeys(str(warning.message) for warning in undefined):
+                writer.say(text)
             writer.scalars(
                 step,
                 {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)},

@@ -45,6 +45,7 @@ def _is_number(v: Any) -> bool:
 _POSITIVE = _Rule(lambda v: _is_number(v) and v > 0, "a number above 0")
 _NOT_NEGATIVE = _Rule(lambda v: _is_number(v) and v >= 0, "a number from 0 up")
 _BELOW_ONE = _Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+_NOT_EMPTY = _Rule(lambda v: isinstance(v, str) and v != "", "some text")
 _IMAGE_SIZE = _Rule(
     lambda v: (
         isinstance(v, tuple | list)
@@ -60,6 +61,8 @@ _RULES = {
     "selection": _one_of(*SELECTIONS),
     "calibration": _one_of("quantile", "none"),
     "dataset.name": _one_of(*LAYOUTS),
+    "dataset.cache_dir": _NOT_EMPTY,
+    "dataset.category": _NOT_EMPTY,
     "dataset.validation_fraction": _BELOW_ONE,
     "trunk.architecture": _one_of(*ARCHITECTURES),
     "trunk.source": _one_of("hub", "file", "random"),
@@ -121,15 +124,15 @@ def load(path: Path) -> ConfigDict:
         UserError: there is none, or it is not one of ours.
     """
     try:
-        config = ConfigDict(json.loads(path.read_text()))
-        config.image_size = tuple(config.image_size)
+        fields = json.loads(path.read_text())
+        config = ConfigDict(fields | {"image_size": tuple(fields["image_size"])})
         validate(config)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"Expected the folder of a run, which holds config.json, found none in "
             f"{path.parent}. Give --workdir the folder that train.py wrote."
         ) from error
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"Expected {path} to be a config that train.py wrote, found: {error}. "
             "Restore the file, or train anew in another folder."
@@ -161,8 +164,14 @@ def check_resumable(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
 
 def _get(config: ConfigDict, field: str) -> Any:
     value = config
-    for name in field.split("."):
-        value = value[name]
+    try:
+        for name in field.split("."):
+            value = value[name]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"Expected a field config.{field}, found none. Begin a config file of "
+            "your own with default.get_config(), as those in configs/ do."
+        ) from error
     return value
 
 

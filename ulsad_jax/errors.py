@@ -14,6 +14,9 @@ _STORAGE = {
     errno.EROFS: "the disk is read-only: give a folder elsewhere",
     errno.EACCES: "permission denied: give a folder you may write to",
     errno.EPERM: "permission denied: give a folder you may write to",
+    errno.ENOTDIR: "a file where a folder should be: give a folder elsewhere",
+    errno.EEXIST: "a file where a folder should be: give a folder elsewhere",
+    errno.ENAMETOOLONG: "the name is too long: give a folder with a shorter one",
 }
 
 

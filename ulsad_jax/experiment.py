@@ -104,6 +104,7 @@ def synthetic_root(config: ConfigDict) -> Path:
     if dataset.root:
         return Path(dataset.root).expanduser()
     drawing = "-".join(str(v) for v in dataset.synthetic.to_dict().values())
+    drawing = f"v{synthetic.GENERATOR_VERSION}-{drawing}"
     return Path(dataset.cache_dir).expanduser() / "synthetic" / drawing
 
 
@@ -141,8 +142,9 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> None:
             config_lib.check_resumable(config_lib.load(path), config, workdir)
     elif workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise UserError(
-            f"Expected an empty or new folder, or that of an earlier run, found "
-            f"{workdir} with something else in it. Give another --workdir."
+            "Expected an empty or new folder, or that of an earlier run, found "
+            f"{'other files in' if workdir.is_dir() else 'a file at'} {workdir}. Give "
+            "another --workdir."
         )
 
 

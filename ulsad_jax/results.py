@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ def write(
         "mean": finite(mean),
     }
     files.replace(folder / "results.json", json.dumps(document, indent=2) + "\n")
-    with (folder / "results.csv").open("w", newline="") as file:
+    with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["category", "selected_on_test", *mean])
         for name, row in [*categories.items(), ("mean", mean)]:
@@ -75,7 +77,7 @@ def write(
 def write_scores(path: Path, records: Sequence[Record], prediction: Prediction) -> None:
     """Writes one row an image: file, name, type, label and its three scores."""
     columns = ("score", "local_score", "global_score")
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "name", "type", "label", *columns])
         for i, record in enumerate(records):
@@ -118,12 +120,15 @@ def table(
 
 def finite(row: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has no NaN: an undefined metric is null."""
-    return {k: None if math.isnan(v) else v for k, v in row.items()}
+    return {k: v if math.isfinite(v) else None for k, v in row.items()}
 
 
 def file_name(name: str) -> str:
-    """A name as a file name: nothing that could leave its folder."""
-    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
+    """A name as a file name, which cannot leave its folder and is no other name's."""
+    plain = re.sub(r"[^\w.-]", "_", name).lstrip(".")
+    if plain == name != "":
+        return name
+    return f"{plain or '_'}-{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def _percent(value: float) -> str:

@@ -20,6 +20,7 @@ from ulsad_jax import scoring
 from ulsad_jax.errors import Interrupted, UserError
 from ulsad_jax.features import ChannelStatistics, Kept
 from ulsad_jax.models.ulsad import Ulsad
+from ulsad_jax.progress import progress
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, UInt8
@@ -211,10 +212,13 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
         UserError: not even one.
     """
     if count < batch_size:
+        smaller = (
+            f"Set --config.train.batch_size to {count} or less (from 2 up), or add"
+        )
         raise UserError(
             f"Expected at least one batch of {batch_size} training images, without "
-            f"those held out for validation, found {count}. Set "
-            f"--config.train.batch_size to {count} or less (from 2 up), or add images."
+            f"those held out for validation, found {count}. "
+            f"{smaller if count > 1 else 'Add'} images."
         )
     return count // batch_size
 
@@ -327,8 +331,10 @@ class Trainer:
         )
         first = int(self._state.step) - epoch * per_epoch
         pending = None
-        steps = self._writer.progress(
-            range(first, per_epoch), f"epoch {epoch + 1}/{config.train.num_epochs}"
+        steps = progress(
+            range(first, per_epoch),
+            f"[{self._category}] epoch {epoch + 1}/{config.train.num_epochs}",
+            unit=" steps",
         )
         for i in steps:
             rows = order[i * batch : (i + 1) * batch]
@@ -346,36 +352,42 @@ class Trainer:
     def _count(self, step: int, losses: Mapping[str, jax.Array]) -> None:
         """Adds a step's losses to the epoch's; `step` is the update they belong to."""
         values = {name: float(value) for name, value in losses.items()}
-        wrong = [name for name, value in values.items() if not np.isfinite(value)]
-        if wrong:
-            terms = [name for name in wrong if name != TOTAL] or wrong
-            raise UserError(
-                f"Expected finite losses, found {values[terms[0]]} in "
-                f"{' and '.join(repr(t) for t in terms)} at step {step} of "
-                f"{self._category!r}. Checkpoints before it are kept. Lower "
-                "--config.optimizer.learning_rate, or look for constant images."
-            )
+        self._check_finite(values, f"at step {step}")
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
+    def _check_finite(self, losses: Losses, where: str) -> None:
+        wrong = [name for name, value in losses.items() if not np.isfinite(value)]
+        if wrong:
+            terms = [name for name in wrong if name != TOTAL] or wrong
+            raise UserError(
+                f"Expected finite losses, found {losses[terms[0]]} in "
+                f"{' and '.join(repr(t) for t in terms)} {where} of "
+                f"{self._category!r}. Checkpoints before it are kept. Lower "
+                "--config.optimizer.learning_rate, or look for constant images."
+            )
+
     def _end_epoch(self, epoch: int, seconds: float) -> None:
         """Reports the epoch and, if one is due, validates and saves."""
-        config = self._config.train
+        config, step = self._config.train, int(self._state.step)
+        validation, metrics = None, {}
         losses = {k: v / self._steps_per_epoch for k, v in self._sums.items()}
         self._sums = {}
         record: dict[str, float] = {f"loss/{k}": v for k, v in losses.items()}
         last = epoch + 1 == config.num_epochs
         if last or (epoch + 1) % config.checkpoint_every == 0:
             validation = self._validate(self._state.variables)
+            # The losses above are from before the last update.
+            self._check_finite(validation.losses, f"in validation after step {step}")
             record |= {f"validation/{k}": v for k, v in validation.losses.items()}
             metrics = {"validation_loss": validation.losses[TOTAL]}
             if self._score_test is not None:
                 auroc = self._score_test(self._state.variables, validation.calibration)
                 record["test/image_auroc"] = metrics["test_image_auroc"] = auroc
+        # First: a resumed run drops reports that it makes again, but makes none up.
+        self._writer.epoch(epoch + 1, config.num_epochs, step, record, seconds)
+        if validation is not None:
             self._save(validation.calibration, metrics)
-        self._writer.epoch(
-            epoch + 1, config.num_epochs, int(self._state.step), record, seconds
-        )
 
     def _save(
         self,

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from ulsad_jax import files
-
-
-def progress(items: Iterable[Any], title: str, *, total: int | None = None) -> Any:
-    """A progress bar on a terminal, nothing elsewhere; iterates over `items`."""
-    return tqdm(
-        items, title, total, leave=False, disable=not sys.stderr.isatty(), delay=1
-    )
 
 
 class Writer:
@@ -47,12 +38,6 @@ class Writer:
     def say(self, text: str) -> None:
         """Prints a line about the category."""
         tqdm.write(f"[{self._category}] {text}")
-
-    def progress(
-        self, items: Iterable[Any], title: str, *, total: int | None = None
-    ) -> Any:
-        """See `progress`."""
-        return progress(items, f"[{self._category}] {title}", total=total)
 
     def epoch(
         self,

@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from tqdm import tqdm
 
 from ulsad_jax.data import btad, magnetic_tile, mvtec_ad, mvtec_loco, visa
 from ulsad_jax.data.layouts import find_categories, find_records
@@ -44,6 +43,7 @@ from ulsad_jax.data.records import (
     read_mask,
 )
 from ulsad_jax.errors import UserError
+from ulsad_jax.progress import progress
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -237,14 +237,9 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             self._progress.update()
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
-        self._progress = tqdm(
-            desc=f"Building {self._label}",
-            total=len(self.records),
-            unit="image",
-            disable=None,  # where there is no terminal
+        self._progress = progress(
+            None, f"Building {self._label}", total=len(self.records), announce=True
         )
-        if self._progress.disable:
-            _say(f"Building {self._label}: {len(self.records)} images")
         with self._progress:
             super()._download_and_prepare(*args, **kwargs)
         # TFDS still writes to a temporary folder; its renaming makes all this valid.

@@ -109,5 +109,5 @@ def _config_error(path: Path, found: str) -> UserError:
         "pixel_value (1 to 255, its own for each rule), a saturation_threshold (above "
         "0; a share up to 1 where relative_saturation is true) and a "
         f"relative_saturation (true or false), found {found}. Restore the file from "
-        "the data set's archive."
+        "the data set's archive, or use the config of the data set that lies there."
     )

@@ -102,7 +102,7 @@ def check(records: Sequence[Record], where: Path) -> list[Record]:
 
     Raises:
         UserError: no training image; an anomalous image among them; two images of
-            one name in a split.
+            one name in a split; a name that is not UTF-8.
     """
     if not any(r.split == TRAIN for r in records):
         raise UserError(
@@ -117,6 +117,7 @@ def check(records: Sequence[Record], where: Path) -> list[Record]:
                 f"Expected only normal images in the {record.split} split, found "
                 f"{record.image} of type {record.type!r}. Move it to the test split."
             )
+        _check_name(record.image)
         twin = seen.setdefault((record.split, record.name), record)
         if twin is not record:
             raise UserError(
@@ -124,6 +125,16 @@ def check(records: Sequence[Record], where: Path) -> list[Record]:
                 f"split, found two: {twin.image} and {record.image}. Rename one."
             )
     return sorted(records, key=lambda r: (SPLITS.index(r.split), r.label, r.name))
+
+
+def _check_name(path: Path) -> None:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"Expected names of files and folders in UTF-8, found "
+            f"{os.fsencode(path)!r}. Rename it."
+        ) from error
 
 
 def fingerprint(records: Iterable[Record]) -> str:
@@ -179,7 +190,8 @@ def hold_out(
     if len(groups) < 2:
         raise UserError(
             "Expected training images of at least two objects, to hold one out for "
-            f"validation, found {len(groups)} ({len(records)} images). Add training "
+            f"validation, found {len(groups)} ({len(records)} images"
+            f"{f', in {records[0].image.parent}' if records else ''}). Add training "
             "images, or provide a validation split."
         )
     names = sorted(groups)

@@ -40,6 +40,7 @@ from ulsad_jax.data.synthetic_scenes import (
     with_grain,
 )
 from ulsad_jax.errors import UserError
+from ulsad_jax.progress import progress
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, UInt8
@@ -215,23 +216,24 @@ def _write(
     design = draw_design(seed, size=size)
     rules = saturations(design, size)
     values = {name: 255 - n for n, name in enumerate(rules)}
-    folders = (
+    parts = (
         (TRAIN, GOOD, counts["train"]),
         (VALIDATION, GOOD, counts["validation"]),
         (TEST, GOOD, counts["good"]),
         (TEST, _LOGICAL, counts["per_kind"] * len(LOGICAL)),
         (TEST, _STRUCTURAL, counts["per_kind"] * len(STRUCTURAL)),
     )
-    for split, type_, count in folders:
-        images = folder / split / type_
-        images.mkdir(parents=True)
-        for i in range(count):
-            sample = draw_sample(design, size, seed=seed, split=split, type=type_, i=i)
-            _save(images / f"{i:03d}.png", sample.image)
-            channels = folder / "ground_truth" / type_ / f"{i:03d}"
-            for k, (defect, mask) in enumerate(sample.masks):
-                channels.mkdir(parents=True, exist_ok=True)
-                _save(channels / f"{k:03d}.png", mask * np.uint8(values[defect]))
+    for split, type_, _ in parts:
+        (folder / split / type_).mkdir(parents=True)
+    images = [(split, type_, i) for split, type_, n in parts for i in range(n)]
+    title = f"Drawing {folder.name}"
+    for split, type_, i in progress(images, title, total=len(images), announce=True):
+        sample = draw_sample(design, size, seed=seed, split=split, type=type_, i=i)
+        _save(folder / split / type_ / f"{i:03d}.png", sample.image)
+        channels = folder / "ground_truth" / type_ / f"{i:03d}"
+        for k, (defect, mask) in enumerate(sample.masks):
+            channels.mkdir(parents=True, exist_ok=True)
+            _save(channels / f"{k:03d}.png", mask * np.uint8(values[defect]))
     config = [
         {
             "defect_name": name,

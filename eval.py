@@ -6,8 +6,11 @@ from absl import app, flags, logging
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that train.py wrote.")
 _ROOT = flags.DEFINE_string("root", "", "Folder of the data set, if it moved.")
-_SELECTION = flags.DEFINE_string(
-    "selection", "", "Another checkpoint than the config's: last, best_validation_loss."
+_SELECTION = flags.DEFINE_enum(
+    "selection",
+    None,
+    ["last", "best_validation_loss", "best_test_auroc"],
+    "Another checkpoint than the config's.",
 )
 flags.mark_flags_as_required(["workdir"])
 
@@ -17,13 +20,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags alone, found {' '.join(argv[1:])!r}.")
     logging.set_verbosity(logging.WARNING)  # libraries tell every step they take
-    from ulsad_jax import errors, experiment  # not for --help: JAX takes seconds
+    from ulsad_jax import errors
 
     with errors.reported():
+        from ulsad_jax import experiment  # not for --help: JAX takes seconds
+
         workdir = Path(_WORKDIR.value).expanduser()
-        print(
-            experiment.evaluate(workdir, root=_ROOT.value, selection=_SELECTION.value)
-        )
+        selection = _SELECTION.value or ""
+        print(experiment.evaluate(workdir, root=_ROOT.value, selection=selection))
 
 
 if __name__ == "__main__":

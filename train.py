@@ -21,9 +21,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags alone, found {' '.join(argv[1:])!r}.")
     logging.set_verbosity(logging.WARNING)  # libraries tell every step they take
-    from ulsad_jax import errors, experiment  # not for --help: JAX takes seconds
+    from ulsad_jax import errors
 
     with errors.reported():
+        from ulsad_jax import experiment  # not for --help: JAX takes seconds
+
         print(experiment.train(_CONFIG.value, Path(_WORKDIR.value).expanduser()))
 
 

@@ -28,6 +28,7 @@ from ulsad_jax import (
 from ulsad_jax.checkpoint import CheckpointStore
 from ulsad_jax.data.pipeline import Category, Examples
 from ulsad_jax.data.records import listing
+from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
 from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
     from ml_collections import ConfigDict
 
-RESULTS = "results.json"
+RESULTS, CHECKPOINTS = "results.json", "checkpoints"
 LOCO_LAYOUTS = ("mvtec_loco", "synthetic")  # their headline is the mean of two types
 
 
@@ -74,6 +75,7 @@ class CategoryRun:
     def fit(self) -> int:
         """Trains what is left to train; returns the step to evaluate."""
         config, data = self._config, self._data
+        self._check_selection()
         steps = config.train.num_epochs * training.steps_per_epoch(
             len(data.train), config.train.batch_size
         )
@@ -113,7 +115,7 @@ class CategoryRun:
 
     def evaluate(self, step: int | None = None) -> None:
         """Scores every test image with a checkpoint; writes results and pictures."""
-        with self._store() as store:
+        with self._store(read_only=True) as store:
             step = self._select(store) if step is None else step
             weights = self._restore(store, step)
         prediction, truth = self._predict_test(weights)
@@ -133,8 +135,7 @@ class CategoryRun:
                 {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)},
             )
             writer.pictures(step, pictures)
-        document = {"step": step, "selection": self._config.selection}
-        document["metrics"] = results.finite(metrics)
+        document = self._origin(step) | {"metrics": results.finite(metrics)}
         files.replace(self._folder / RESULTS, json.dumps(document, indent=2) + "\n")
 
     def _measure(
@@ -158,22 +159,29 @@ class CategoryRun:
         )
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the folder's results are those of this step."""
+        """Whether the folder's results are those of this step, on these images."""
         path = self._folder / RESULTS
-        if not path.exists():
+        try:
+            document = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
             return False
-        document = json.loads(path.read_text())
-        return (document["step"], document["selection"]) == (
-            step,
-            self._config.selection,
-        )
+        return self._origin(step).items() <= document.items()
 
-    def _store(self) -> CheckpointStore:
+    def _origin(self, step: int) -> dict[str, Any]:
+        """What results rest on."""
+        return {
+            "step": step,
+            "selection": self._config.selection,
+            "data": self._data.fingerprint,
+        }
+
+    def _store(self, *, read_only: bool = False) -> CheckpointStore:
         on_test = self._config.selection == config_lib.BEST_TEST_AUROC
         return CheckpointStore(
-            self._folder / "checkpoints",
+            self._folder / CHECKPOINTS,
             metric="test_image_auroc" if on_test else "validation_loss",
             largest=on_test,
+            read_only=read_only,
         )
 
     def _select(self, store: CheckpointStore) -> int:
@@ -197,6 +205,18 @@ class CategoryRun:
             raw /= statistics.std
         train, validation = (features.Kept(*pair) for pair in kept)
         return train, validation, statistics
+
+    def _check_selection(self) -> None:
+        """Refuses to select on test images that give no AUROC."""
+        on_test = self._config.selection == config_lib.BEST_TEST_AUROC
+        anomalous = int(self._data.test.labels.sum())
+        normal = len(self._data.test) - anomalous
+        if on_test and not (normal and anomalous):
+            raise UserError(
+                f"Expected normal and anomalous test images of {self._name!r}, to "
+                f"select on them, found {normal} and {anomalous}. Add some, or set "
+                "another --config.selection than best_test_auroc."
+            )
 
     def _make_score_test(
         self, statistics: features.ChannelStatistics

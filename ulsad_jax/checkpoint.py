@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from ulsad_jax.errors import UserError
+from ulsad_jax.errors import UserError, storage_errors
 
 
 class CheckpointStore:
@@ -24,13 +25,16 @@ class CheckpointStore:
     The metrics of a checkpoint decide which one is best.
     """
 
-    def __init__(self, folder: Path, *, metric: str, largest: bool):
+    def __init__(
+        self, folder: Path, *, metric: str, largest: bool, read_only: bool = False
+    ):
         """Opens the folder, or makes it.
 
         Args:
             folder: of the checkpoints.
             metric: the key, in what `save` is given, that ranks checkpoints.
             largest: whether the largest value is best, not the smallest.
+            read_only: whether to leave alone what another process may be saving.
         """
         self._folder = folder
         self._sign = 1.0 if largest else -1.0
@@ -50,8 +54,9 @@ class CheckpointStore:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep,
                 best_fn=self._rank,  # without it no metrics are written
+                create=not read_only,
                 # Remains of a save that was killed are no checkpoint.
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
             ),
         )
 
@@ -61,7 +66,8 @@ class CheckpointStore:
 
     def __exit__(self, *exception: object) -> None:
         """Waits until everything is on disk."""
-        self._manager.close()
+        with storage_errors(self._folder):
+            self._manager.close()
 
     def save(
         self,
@@ -82,7 +88,12 @@ class CheckpointStore:
             progress: JSON.
             calibration: JSON; None within an epoch.
             metrics: for choosing the best; None within an epoch.
+
+        Raises:
+            UserError: there is no room for it.
         """
+        self.wait()
+        self._check_room((model, optimizer))
         # Copies: the next step is given these very buffers to overwrite.
         model, optimizer = jax.tree.map(jnp.copy, (model, optimizer))
         items = {
@@ -94,9 +105,10 @@ class CheckpointStore:
             items["calibration"] = ocp.args.JsonSave(dict(calibration))
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step, args=ocp.args.Composite(**items), metrics=metrics, force=True
-        )
+        with storage_errors(self._folder):
+            self._manager.save(
+                step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+            )
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -114,10 +126,13 @@ class CheckpointStore:
             if (metrics := self._manager.metrics(step)) and self._metric in metrics
         ]
         if not ranked:
+            steps = list(self._manager.all_steps())
+            found = f"the steps {steps} without it" if steps else "none"
             raise UserError(
                 f"Expected a checkpoint with {self._metric} in {self._folder}, found "
-                f"the steps {list(self._manager.all_steps())} without it. Train until "
-                "an epoch with a checkpoint ends: run the train.py command again."
+                f"{found}. Train until an epoch with a checkpoint ends: run the "
+                "train.py command again. (Test scores are there only if the run began "
+                "with --config.selection=best_test_auroc.)"
             )
         return max(ranked)[1]
 
@@ -148,7 +163,19 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong."""
-        self._manager.wait_until_finished()
+        with storage_errors(self._folder):
+            self._manager.wait_until_finished()
+
+    def _check_room(self, tree: Any) -> None:
+        """Foresees a full disk, of which Orbax would make pages of tracebacks."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise UserError(
+                f"Expected {needed / 1e6:.0f} MB of free disk space for a checkpoint "
+                f"in {self._folder}, found {free / 1e6:.0f} MB. Free some space and "
+                "run the same command again; earlier checkpoints are kept."
+            )
 
     def _rank(self, metrics: Mapping[str, float]) -> float:
         return self._sign * metrics.get(self._metric, -self._sign * math.inf)
@@ -159,6 +186,6 @@ class CheckpointStore:
         except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
             raise UserError(
                 f"Expected checkpoint {step} in {self._folder} to hold this config's "
-                f"networks, found: {error}. Use the config it was trained with, or "
-                "train anew in another folder."
+                f"networks, found: {error!s:.300}. Use the config it was trained with, "
+                "restore the checkpoint's files, or train anew in another folder."
             ) from error

@@ -46,6 +46,10 @@ _POSITIVE = _Rule(lambda v: _is_number(v) and v > 0, "a number above 0")
 _NOT_NEGATIVE = _Rule(lambda v: _is_number(v) and v >= 0, "a number from 0 up")
 _BELOW_ONE = _Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
 _NOT_EMPTY = _Rule(lambda v: isinstance(v, str) and v != "", "some text")
+# JAX would take the remainder of a larger one, without a word.
+_SEED = _Rule(
+    lambda v: isinstance(v, int) and 0 <= v < 2**32, "an integer from 0 to 4294967295"
+)
 _IMAGE_SIZE = _Rule(
     lambda v: (
         isinstance(v, tuple | list)
@@ -56,7 +60,7 @@ _IMAGE_SIZE = _Rule(
 )
 
 _RULES = {
-    "seed": _at_least(0),
+    "seed": _SEED,
     "image_size": _IMAGE_SIZE,
     "selection": _one_of(*SELECTIONS),
     "calibration": _one_of("quantile", "none"),

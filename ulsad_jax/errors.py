@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,19 @@ _STORAGE = {
     errno.EEXIST: "a file where a folder should be: give a folder elsewhere",
     errno.ENAMETOOLONG: "the name is too long: give a folder with a shorter one",
 }
+
+
+@contextmanager
+def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what libraries make of a full disk back into an `OSError` at `path`."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        for number in _STORAGE:
+            text = os.strerror(number)
+            if text in str(error):
+                raise OSError(number, text, os.fspath(path)) from error
+        raise
 
 
 class UserError(Exception):
@@ -56,12 +70,16 @@ def reported() -> Iterator[None]:
         sys.exit(128 + interrupted.signum)
     except KeyboardInterrupt:
         print("Stopped. Run the same command again to go on.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: XLA's threads may still compute, and crash a program that tidies up.
+        os._exit(128 + signal.SIGINT)
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
         sys.exit(
-            f"error: Expected to read or write {error.filename or 'a file'}, found: "
+            "error: Expected to read or write "
+            f"{error.filename or 'in --workdir and config.dataset.cache_dir'}, found: "
             f"{_STORAGE[error.errno]}, then run the same command again. What was "
             "saved before is kept."
         )

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ulsad_jax import config as config_lib
 from ulsad_jax import pretrained, results
-from ulsad_jax.category_run import RESULTS, CategoryRun
+from ulsad_jax.category_run import CHECKPOINTS, RESULTS, CategoryRun
 from ulsad_jax.data import synthetic
 from ulsad_jax.data.layouts import select_categories
 from ulsad_jax.data.pipeline import Category, open_category
@@ -77,6 +77,7 @@ def evaluate(workdir: Path, *, root: str = "", selection: str = "") -> str:
     _cache_compilations(config)
     categories = list_categories(config)
     trunk = pretrained.load_saved_trunk(workdir / TRUNK)
+    _check_trained(categories, workdir)
     for category in categories:
         folder = workdir / results.file_name(category)
         data = open_data(config, category)
@@ -151,19 +152,35 @@ def _check_workdir(config: ConfigDict, workdir: Path) -> None:
 def _claim(config: ConfigDict, workdir: Path) -> pretrained.Trunk:
     """Makes the work directory this run's: its config, its copy of the trunk."""
     path = workdir / TRUNK
-    if path.exists() and _has_checkpoints(workdir):
+    kept = path.exists() and _has_checkpoints(workdir)
+    if kept:
         trunk = pretrained.load_saved_trunk(path)
     else:
         trunk = pretrained.load_trunk(**config.trunk, seed=config.seed)
     workdir.mkdir(parents=True, exist_ok=True)
     config_lib.save(config, workdir / CONFIG)
-    pretrained.save_trunk(trunk, path)
+    if not kept:
+        pretrained.save_trunk(trunk, path)
     return trunk
 
 
 def _has_checkpoints(workdir: Path) -> bool:
     """Whether anything was trained that another config could not go on with."""
-    return any(workdir.glob("*/checkpoints/*"))
+    return any(workdir.glob(f"*/{CHECKPOINTS}/*"))
+
+
+def _check_trained(categories: list[str], workdir: Path) -> None:
+    """Refuses to evaluate what was not trained."""
+    for category in categories:
+        folder = workdir / results.file_name(category) / CHECKPOINTS
+        if not folder.is_dir():
+            trained = sorted(p.parent.name for p in workdir.glob(f"*/{CHECKPOINTS}"))
+            raise UserError(
+                f"Expected checkpoints of category {category!r} in {folder}, found "
+                f"those of {', '.join(trained) or 'none'}. Run the train.py command "
+                "again; or, if your own folder or table has another name now, give "
+                "it the name it had."
+            )
 
 
 def _collect(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 COSINE_EPSILON = 1e-8
+TOTAL = "total"  # what the sum of all terms is called, so no term can be
 
 
 def distance(
@@ -141,25 +142,45 @@ def _resolve(
     name: str, entry: Mapping[str, Any]
 ) -> tuple[LossTerm, float, dict[str, Any]]:
     """The function, weight and hyperparameters of one config entry."""
-    hyperparameters = dict(entry)
-    try:
-        reference, weight = hyperparameters.pop("term"), hyperparameters.pop("weight")
-    except KeyError as error:
+    hyperparameters = dict(entry) if hasattr(entry, "keys") else {}
+    if missing := [key for key in ("term", "weight") if key not in hyperparameters]:
         raise UserError(
             f"Expected config.losses.{name} to have `term` and `weight`, found only "
-            f"{sorted(entry)}. Add {error}."
-        ) from error
+            f"{sorted(hyperparameters) or entry}. Add {', '.join(map(repr, missing))}."
+        )
+    reference, weight = hyperparameters.pop("term"), hyperparameters.pop("weight")
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise UserError(
+            f"Expected config.losses.{name}.weight to be a number, found {weight!r}. "
+            "Correct it in the config file."
+        )
+    if name == TOTAL:
+        raise UserError(
+            f"Expected another name than config.losses.{name}, under which the "
+            "weighted sum of all terms is reported. Rename the entry."
+        )
     term = TERMS[reference] if reference in TERMS else _import_term(name, reference)
-    accepted = inspect.signature(term).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    unknown = [] if takes_any else sorted(hyperparameters.keys() - accepted.keys())
-    if unknown:
+    _check_hyperparameters(name, reference, term, hyperparameters)
+    return term, weight, hyperparameters
+
+
+def _check_hyperparameters(
+    name: str, reference: str, term: LossTerm, given: Mapping[str, Any]
+) -> None:
+    """Refuses what a term does not take, and the lack of what it needs."""
+    _, *accepted = inspect.signature(term).parameters.values()
+    anything = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = {p.name: p for p in accepted if p.kind not in anything}
+    needed = {key for key, p in named.items() if p.default is p.empty}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted)
+    unknown = set() if takes_any else given.keys() - named.keys()
+    if unknown or needed - given.keys():
         raise UserError(
             f"Expected config.losses.{name} to hold what {reference} takes "
-            f"({', '.join(list(accepted)[1:]) or 'nothing'}), found {unknown}. Remove "
-            "or rename them."
+            f"({', '.join(named) or 'nothing'}; without a default: "
+            f"{', '.join(needed) or 'none'}), found {sorted(given)}. Add, remove or "
+            "rename them."
         )
-    return term, weight, hyperparameters
 
 
 def _import_term(name: str, reference: str) -> LossTerm:
@@ -170,10 +191,12 @@ def _import_term(name: str, reference: str) -> LossTerm:
             f"your own as module:function, found {reference!r}."
         )
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        term = getattr(importlib.import_module(module), function)
+        inspect.signature(term)
+        return term
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"Expected config.losses.{name}.term = {reference!r} to be importable, "
-            f"found: {error}. Run from the folder that holds {module.split('.')[0]}, "
-            "or put it on PYTHONPATH."
+            f"Expected config.losses.{name}.term = {reference!r} to be importable as a "
+            f"function, found: {error}. Run from the folder that holds "
+            f"{module.split('.')[0]}, or put it on PYTHONPATH."
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -65,26 +64,21 @@ def write(
         "mean": finite(mean),
     }
     files.replace(folder / "results.json", json.dumps(document, indent=2) + "\n")
-    with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["category", "selected_on_test", *mean])
-        for name, row in [*categories.items(), ("mean", mean)]:
-            rows.writerow(
-                [name, about["selected_on_test"], *(row.get(k, math.nan) for k in mean)]
-            )
+    rows = [["category", "selected_on_test", *mean]]
+    for name, row in [*categories.items(), ("mean", mean)]:
+        values = (row.get(k, math.nan) for k in mean)
+        rows.append([name, about["selected_on_test"], *values])
+    files.replace_csv(folder / "results.csv", rows)
 
 
 def write_scores(path: Path, records: Sequence[Record], prediction: Prediction) -> None:
     """Writes one row an image: file, name, type, label and its three scores."""
     columns = ("score", "local_score", "global_score")
-    with path.open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", "name", "type", "label", *columns])
-        for i, record in enumerate(records):
-            scores = [float(getattr(prediction, column)[i]) for column in columns]
-            rows.writerow(
-                [record.image, record.name, record.type, record.label, *scores]
-            )
+    rows: list[list[Any]] = [["image", "name", "type", "label", *columns]]
+    for i, record in enumerate(records):
+        scores = [float(getattr(prediction, column)[i]) for column in columns]
+        rows.append([record.image, record.name, record.type, record.label, *scores])
+    files.replace_csv(path, rows)
 
 
 def table(

@@ -279,14 +279,16 @@ class Trainer:
         model = make_model(config)
         optimizer = make_optimizer(**config.optimizer)
         key = jax.random.fold_in(jax.random.key(config.seed), category_seed(category))
-        self._state = init_state(
-            model,
-            optimizer,
-            key,
-            features=jax.ShapeDtypeStruct(
-                (batch, *train.features.shape[1:]), jnp.float32
-            ),
-            image=jax.ShapeDtypeStruct((batch, *train.images.shape[1:]), jnp.uint8),
+        self._state = _place(
+            init_state(
+                model,
+                optimizer,
+                key,
+                features=jax.ShapeDtypeStruct(
+                    (batch, *train.features.shape[1:]), jnp.float32
+                ),
+                image=jax.ShapeDtypeStruct((batch, *train.images.shape[1:]), jnp.uint8),
+            )
         )
         self._train_step = make_train_step(model, loss_fn, optimizer)
         self._sums: Losses = {}  # of the losses of this epoch's steps
@@ -428,13 +430,20 @@ class Trainer:
                 "started with, found others (files added, removed or of another "
                 "size). Restore them, or train anew in another --workdir."
             )
-        self._state = TrainState(
-            step=jnp.asarray(step, jnp.int32),
-            params=model["variables"]["params"],
-            batch_stats=model["variables"]["batch_stats"],
-            opt_state=opt_state,
+        self._state = _place(
+            TrainState(
+                step=jnp.asarray(step, jnp.int32),
+                params=model["variables"]["params"],
+                batch_stats=model["variables"]["batch_stats"],
+                opt_state=opt_state,
+            )
         )
         self._sums, self._saved = progress["sums"], step
+
+
+def _place(state: TrainState) -> TrainState:
+    """Commits a state to the device: a new and a restored one are compiled alike."""
+    return jax.device_put(state, jax.devices()[0])
 
 
 def model_tree(

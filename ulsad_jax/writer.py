@@ -33,7 +33,11 @@ class Writer:
 
     def __exit__(self, *exception: object) -> None:
         """Flushes everything."""
-        self._tensorboard.close()
+        try:
+            self._tensorboard.close()
+        except OSError:  # it would try again, in vain, when the program ends
+            self._tensorboard.file_writer.event_writer.close = lambda: None
+            raise
 
     def say(self, text: str) -> None:
         """Prints a line about the category."""

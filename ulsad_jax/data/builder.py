@@ -42,7 +42,7 @@ from ulsad_jax.data.records import (
     read_image,
     read_mask,
 )
-from ulsad_jax.errors import UserError
+from ulsad_jax.errors import UserError, storage_errors
 from ulsad_jax.progress import progress
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             with _locked(folder / ".lock"):
                 if not self.is_prepared():
                     self._discard()
-                    super().download_and_prepare(**kwargs)
+                    with storage_errors(folder):
+                        super().download_and_prepare(**kwargs)
         self.info.read_from_directory(self.data_dir)
 
     def as_data_source(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import configs
+from configs import default, mvtec_ad, quickstart
+from ulsad_jax import config as config_lib
+from ulsad_jax.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+NAMES = [m.name for m in pkgutil.iter_modules(configs.__path__) if m.name != "default"]
+WRONG = {
+    "seed": (-1, 0.5, 2**32),
+    "image_size": ((256,), (64, 65), (32, 64), (64.0, 64), 64),
+    "selection": ("best", ""),
+    "calibration": ("quantiles",),
+    "dataset.name": ("", "mvtec"),
+    "dataset.validation_fraction": (1.0, -0.1),
+    "trunk.architecture": ("resnet152",),
+    "trunk.source": ("timm",),
+    "model.local_width": (0, 6, 8.0),
+    "model.output_activation": ("gelu",),
+    "optimizer.learning_rate": (0.0, -1e-3, float("nan"), "fast"),
+    "optimizer.b1": (1.0, -0.1),
+    "optimizer.b2": (1.0, -0.1),
+    "optimizer.eps": (0.0,),
+    "optimizer.weight_decay": (-1e-5,),
+    "train.batch_size": (1, 8.0),
+    "train.num_epochs": (0, 1.5),
+    "train.checkpoint_every": (0,),
+    "train.dtype": ("float16",),
+    "evaluation.batch_size": (0,),
+    "evaluation.pictures_per_type": (-2,),
+}
+
+
+def make_config(**fields):
+    config = mvtec_ad.get_config("bottle")
+    config.dataset.root = "data"
+    return with_fields(config, fields)
+
+
+def with_fields(config, fields):
+    config = config.copy_and_resolve_references()
+    with config.ignore_type(), config.unlocked():
+        config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_file_is_valid(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.dataset.root = config.dataset.root or "data"
+    config_lib.validate(config)
+    assert config.keys() == default.get_config().keys()
+
+
+def test_quickstart_needs_nothing():
+    config_lib.validate(quickstart.get_config())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(f, v) for f, values in WRONG.items() for v in values]
+)
+def test_wrong_value(field, value):
+    with pytest.raises(UserError) as refused:
+        config_lib.validate(make_config(**{field: value}))
+    message = str(refused.value)
+    assert f"config.{field} to be " in message
+    assert f"found {value!r}" in message
+    assert f"--config.{field}=" in message
+
+
+def test_root_is_needed():
+    with pytest.raises(UserError, match=r"--config\.dataset\.root="):
+        config_lib.validate(make_config(**{"dataset.root": ""}))
+
+
+def test_trunk_file_is_needed():
+    with pytest.raises(UserError, match=r"--config\.trunk\.path="):
+        config_lib.validate(make_config(**{"trunk.source": "file"}))
+
+
+def test_round_trip(tmp_path):
+    config = make_config(image_size=(64, 96))
+    config.losses.mine = {"term": "a:b", "weight": 0.5, "epsilon": 1e-3}
+    config_lib.save(config, tmp_path / "config.json")
+    loaded = config_lib.load(tmp_path / "config.json")
+    assert loaded.to_dict() == config.to_dict()
+    assert isinstance(loaded.image_size, tuple)
+    config_lib.check_resumable(loaded, config, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"seed": 0}'])
+def test_file_that_is_no_config(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"config\.json to be a config that train\.py"):
+        config_lib.load(path)
+
+
+def test_file_that_lacks_a_field(tmp_path):
+    path = tmp_path / "config.json"
+    fields = make_config().to_dict()
+    del fields["train"]["dtype"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="dtype"):
+        config_lib.load(path)
+
+
+def test_file_with_a_wrong_value(tmp_path):
+    config_lib.save(make_config(seed=-1), tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.seed"):
+        config_lib.load(tmp_path / "config.json")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match=f"found none in {tmp_path}.*--workdir"):
+        config_lib.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"train.num_epochs": 999},
+        {"train.checkpoint_every": 3},
+        {"evaluation.batch_size": 1, "evaluation.pictures_per_type": -1},
+        {"dataset.root": "elsewhere", "dataset.cache_dir": "elsewhere"},
+    ],
+    ids=str,
+)
+def test_free_fields(fields):
+    config_lib.check_resumable(make_config(), make_config(**fields), Path("run"))
+
+
+def test_differing_fields_are_listed():
+    new = make_config(**{"seed": 1, "losses.local.weight": 2.0, "train.num_epochs": 9})
+    new.losses.mine = {"term": "a:b", "weight": 0.5}
+    with pytest.raises(UserError) as refused:
+        config_lib.check_resumable(make_config(), new, Path("run"))
+    lines = str(refused.value).splitlines()
+    assert lines[0].startswith("Expected the config of the run in run, found")
+    assert lines[1:-1] == [
+        "  config.losses.local.weight: the run has 1.0, this command 2.0",
+        "  config.losses.mine.term: the run has 'no such field', this command 'a:b'",
+        "  config.losses.mine.weight: the run has 'no such field', this command 0.5",
+        "  config.seed: the run has 0, this command 1",
+    ]
+    assert "another --workdir" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--config.train.num_epoch=3", "num_epochs"),
+        ("--config.train.num_epochs=many", "many"),
+        ("--config=configs/no_such_file.py", "no_such_file"),
+        ("bottle", "bottle"),
+    ],
+)
+def test_command_line_that_does_not_fit(tmp_path, flag, expected):
+    command = [sys.executable, "train.py", "--config=configs/quickstart.py", flag]
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path / 'run'}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert expected in (done.stderr + done.stdout).splitlines()[-1] or (
+        expected in done.stderr
+    )
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import math
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests import runs, trees
+from tests.goldens import weights
+from ulsad_jax import evaluation, experiment, pretrained
+from ulsad_jax.errors import UserError
+from ulsad_jax.metrics.image import UndefinedMetricWarning
+
+SIZE = (4, 6)
+
+
+def predict(image):
+    """A map that is the image's first channel, and scores that follow from it."""
+    anomaly_map = jnp.float32(image[..., 0])
+    score = anomaly_map.max((1, 2))
+    return evaluation.Prediction(anomaly_map, score, score + 1, score + 2)
+
+
+def make_batches(count, size):
+    """Images i of value i + 1, in reverse, in batches filled up with bright rows."""
+    order = list(range(count))[::-1]
+    for start in range(0, count, size):
+        index = order[start : start + size]
+        rows = np.array(index + [0] * (size - len(index)))
+        valid = np.arange(size) < len(index)
+        value = np.where(valid, rows + 1, 255).astype(np.uint8)
+        ones = np.ones((size, *SIZE), np.uint8)
+        yield {
+            "image": value[:, None, None, None] * ones[..., None].repeat(3, axis=-1),
+            "label": np.int32(rows % 2),
+            "gt_mask": (value[:, None, None] * ones) > 2,
+            "has_mask": rows != 1,
+            "index": rows,
+            "valid": valid,
+        }
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_every_image_is_predicted_once(size):
+    seen = []
+
+    def counting(image):
+        seen.extend(np.asarray(image)[:, 0, 0, 0])
+        return predict(image)
+
+    types = ["good", "cut", "good", "dent", "good"]
+    prediction, truth = evaluation.predict_split(
+        counting, make_batches(5, size), types=types, image_size=SIZE
+    )
+    assert sorted(value for value in seen if value != 255) == [1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(prediction.score, [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(prediction.local_score, [2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(prediction.global_score, [3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(prediction.anomaly_map[:, 3, 5], [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(truth.images[:, 0, 0, 2], [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(truth.labels, [0, 1, 0, 1, 0])
+    np.testing.assert_array_equal(truth.has_mask, [1, 0, 1, 1, 1])
+    np.testing.assert_array_equal(truth.masks[:, 0, 0], [0, 0, 1, 1, 1])
+    assert truth.types == types
+
+
+def test_split_of_no_image():
+    prediction, truth = evaluation.predict_split(
+        predict, iter(()), types=[], image_size=SIZE
+    )
+    assert prediction.anomaly_map.shape == (0, *SIZE)
+    assert truth.labels.shape == prediction.score.shape == (0,)
+
+
+def test_image_level():
+    metrics = evaluation.image_level(
+        np.array([0, 0, 1, 1]),
+        ["good", "good", "logical_anomalies", "structural_anomalies"],
+        np.array([0.1, 0.3, 0.2, 0.4]),
+        loco=True,
+    )
+    assert metrics["image_auroc"] == 0.75
+    assert metrics["image_auroc/logical_anomalies"] == 0.5
+    assert metrics["image_auroc/structural_anomalies"] == 1.0
+    assert metrics["image_auroc_mean_of_types"] == 0.75
+    assert metrics["image_f1_max_threshold"] == 0.2
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_image_level_of_one_kind_of_image(label):
+    types = ["cut" if label else "good"] * 3
+    with pytest.warns(UndefinedMetricWarning, match="needs anomalous and normal"):
+        metrics = evaluation.image_level(
+            np.full(3, label), types, np.array([0.1, 0.2, 0.3]), loco=False
+        )
+    assert all(math.isnan(value) for value in metrics.values())
+
+
+def test_pixel_level_leaves_unknown_masks_out():
+    rng = np.random.default_rng(0)
+    maps = rng.uniform(size=(4, 8, 8)).astype(np.float32)
+    masks = np.zeros((4, 8, 8), bool)
+    masks[2:, 2:4, 2:4] = True
+    has_mask = np.array([True, True, True, False])
+    metrics = evaluation.pixel_level(masks, has_mask, maps)
+    known = evaluation.pixel_level(masks[:3], has_mask[:3], maps[:3])
+    assert metrics["pixel_images_left_out"] == 1
+    assert known["pixel_images_left_out"] == 0
+    assert {k: v for k, v in metrics.items() if k != "pixel_images_left_out"} == {
+        k: v for k, v in known.items() if k != "pixel_images_left_out"
+    }
+
+
+def test_pixel_level_without_any_mask():
+    maps = np.random.default_rng(0).uniform(size=(3, 8, 8)).astype(np.float32)
+    masks, has_mask = np.zeros((3, 8, 8), bool), np.array([True, False, False])
+    with pytest.warns(UndefinedMetricWarning):
+        metrics = evaluation.pixel_level(masks, has_mask, maps)
+    assert metrics.pop("pixel_images_left_out") == 2
+    assert all(math.isnan(value) for value in metrics.values())
+
+
+def read_columns(workdir):
+    rows = runs.read_scores(workdir)
+    names = [row["name"] for row in rows]
+    columns = ("score", "local_score", "global_score")
+    return names, np.array([[float(row[c]) for c in columns] for row in rows])
+
+
+def test_every_test_image_is_scored_once(finished, data):
+    names, scores = read_columns(finished.workdir)
+    expected = {
+        f"{path.parent.name}/{path.stem}"
+        for path in (data / "bottle" / "test").glob("*/*.png")
+    }
+    assert len(names) == len(expected) == 7  # not a multiple of the batch
+    assert set(names) == expected
+    assert len(np.unique(scores[:, 0])) == 7
+    assert runs.read_results(finished.workdir, "bottle")["metrics"]["test_images"] == 7
+
+
+def test_evaluation_repeats_training(finished, tmp_path):
+    run = runs.copy(finished, tmp_path)
+    for name in ("results.json", "results.csv", "bottle/results.json"):
+        (run.workdir / name).unlink()
+    printed = experiment.evaluate(run.workdir)
+    for name in ("results.json", "results.csv", "bottle/results.json"):
+        expected = (finished.workdir / name).read_text()
+        assert (run.workdir / name).read_text() == expected
+    runs.assert_same_category(run.workdir, finished.workdir)
+    assert printed == run.printed.replace(str(finished.workdir), str(run.workdir))
+
+
+def test_evaluation_of_data_that_moved(finished, data, tmp_path):
+    run = runs.copy(finished, tmp_path)
+    root = shutil.copytree(data, tmp_path / "moved" / "here")
+    experiment.evaluate(run.workdir, root=str(root))
+    expected = runs.read_results(finished.workdir, "bottle")["metrics"]
+    assert runs.read_results(run.workdir, "bottle")["metrics"] == expected
+    assert runs.read_scores(run.workdir)[0]["image"].startswith(str(root))
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_scores_do_not_depend_on_the_batch_size(finished, tmp_path, size):
+    run = runs.copy(finished, tmp_path)
+    config = finished.config.copy_and_resolve_references()
+    config.evaluation.batch_size = size
+    experiment.config_lib.save(config, run.workdir / "config.json")
+    experiment.evaluate(run.workdir)
+    names, scores = read_columns(run.workdir)
+    expected_names, expected = read_columns(finished.workdir)
+    assert names == expected_names
+    np.testing.assert_allclose(scores, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def save_other_trunk(path, *, seed=0, architecture="resnet18", tmp_path):
+    stored = tmp_path / "other.safetensors"
+    spec = weights.resnet_spec(architecture)
+    save_file(weights.fill(spec, prefix="trunk", seed=seed), stored)
+    trunk = pretrained.load_trunk(
+        architecture=architecture, source="file", repository="", path=stored, seed=0
+    )
+    pretrained.save_trunk(trunk, path)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet34"])
+def test_another_trunk_is_refused(finished, tmp_path, architecture):
+    run = runs.copy(finished, tmp_path)
+    path = run.workdir / "trunk.safetensors"
+    save_other_trunk(path, architecture=architecture, tmp_path=tmp_path)
+    found = rf"found {architecture} from file:other.*train anew"
+    with pytest.raises(UserError, match=rf"resnet18 from random:0.*{found}"):
+        experiment.evaluate(run.workdir)
+
+
+def test_tampered_trunk_is_refused(finished, tmp_path):
+    run = runs.copy(finished, tmp_path)
+    path = run.workdir / "trunk.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="Expected the trunk that"):
+        experiment.evaluate(run.workdir)
+
+
+def test_lost_trunk(finished, tmp_path):
+    run = runs.copy(finished, tmp_path)
+    (run.workdir / "trunk.safetensors").unlink()
+    with pytest.raises(UserError, match=r"trunk\.safetensors"):
+        experiment.evaluate(run.workdir)
+
+
+def test_no_checkpoint(finished, tmp_path):
+    run = runs.copy(finished, tmp_path)
+    shutil.rmtree(run.workdir / "bottle")
+    with pytest.raises(UserError, match=r"train\.py"):
+        experiment.evaluate(run.workdir)
+
+
+def evaluate_on(finished, tmp_path, **tree):
+    """Metrics of the finished run on other test images."""
+    run = runs.copy(finished, tmp_path)
+    root = trees.write_mvtec_ad(tmp_path / "other", "bottle", **tree)
+    printed = experiment.evaluate(run.workdir, root=str(root))
+    return run._replace(printed=printed)
+
+
+def test_no_test_images(finished, tmp_path):
+    run = evaluate_on(finished, tmp_path, good=0, defects=())
+    metrics = runs.read_results(run.workdir, "bottle")["metrics"]
+    assert metrics == {"test_images": 0, "test_anomalous": 0}
+    assert runs.read_scores(run.workdir) == []
+    assert not list((run.workdir / "bottle" / "pictures").glob("**/*.png"))
+
+
+def test_no_normal_test_images(finished, tmp_path, capsys):
+    run = evaluate_on(finished, tmp_path, good=0)
+    assert "AUROC is undefined and set to NaN: it needs" in capsys.readouterr().out
+    metrics = runs.read_results(run.workdir, "bottle")["metrics"]
+    assert metrics["image_auroc"] is None
+    assert metrics["image_auroc/broken"] is None
+    assert metrics["pixel_auroc"] is not None  # normal pixels there are
+    assert len(runs.read_scores(run.workdir)) == 4
+
+
+def test_no_anomalous_test_images(finished, tmp_path, capsys):
+    run = evaluate_on(finished, tmp_path, good=2, defects=())
+    assert "anomalous and normal images, found 0 and 2" in capsys.readouterr().out
+    metrics = runs.read_results(run.workdir, "bottle")["metrics"]
+    assert metrics["image_auroc"] is metrics["pixel_auroc"] is None
+
+
+def test_no_masks(finished, data, tmp_path):
+    run = runs.copy(finished, tmp_path)
+    root = shutil.copytree(data, tmp_path / "other")
+    shutil.rmtree(root / "bottle" / "ground_truth")
+    printed = experiment.evaluate(run.workdir, root=str(root))
+    metrics = runs.read_results(run.workdir, "bottle")["metrics"]
+    expected = runs.read_results(finished.workdir, "bottle")["metrics"]
+    assert metrics["pixel_images_left_out"] == 4
+    for name in ("pixel_auroc", "pixel_average_precision", "aupro"):
+        assert metrics[name] is None
+    for name in ("image_auroc", "image_average_precision", "image_f1_max"):
+        assert metrics[name] == expected[name] is not None
+    assert "leave out 4 anomalous images" in printed
+
+
+def test_folder_without_test_images(tmp_path):
+    """Normal images are enough to train a model."""
+    root = trees.write_folder(tmp_path / "mine", train=10)
+    config = runs.make_config(root, {"train.num_epochs": 1}, category="all")
+    config.dataset.name = "folder"
+    runs.train(config, tmp_path / "run")
+    assert runs.read_results(tmp_path / "run", "mine")["metrics"]["test_images"] == 0
+    (tmp_path / "elsewhere").mkdir()
+    moved = root.rename(tmp_path / "elsewhere" / "mine")
+    experiment.evaluate(tmp_path / "run", root=str(moved))
+    renamed = moved.rename(tmp_path / "yours")
+    with pytest.raises(UserError, match=r"category 'yours'.*the name it had"):
+        experiment.evaluate(tmp_path / "run", root=str(renamed))
+
+
+def test_one_image_for_each_split(finished, tmp_path):
+    run = evaluate_on(finished, tmp_path, train=2, good=1, defects=["a"], per_defect=1)
+    assert len(runs.read_scores(run.workdir)) == 2
+    metrics = runs.read_results(run.workdir, "bottle")["metrics"]
+    assert metrics["image_auroc"] in (0.0, 1.0)

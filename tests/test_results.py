@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ulsad_jax import results
+from ulsad_jax.data.records import Record
+from ulsad_jax.evaluation import Prediction
+from ulsad_jax.report import figures
+from ulsad_jax.writer import Writer
+
+NAN = math.nan
+ABOUT = {"selection": "last", "selected_on_test": False}
+ROWS = {
+    "bottle": {"image_auroc": 0.5, "aupro": NAN, "image_auroc/cut": 0.25},
+    "cable": {"image_auroc": 1.0, "aupro": NAN, "test_images": 3},
+}
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(), parse_constant=refuse_constant)
+
+
+def read_csv(path: Path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_mean_leaves_undefined_metrics_out():
+    rows = {"a": {"x": 1.0, "y": NAN}, "b": {"x": NAN, "y": NAN}, "c": {"x": 2.0}}
+    mean = results.mean_row(rows)
+    assert mean["x"] == 1.5
+    assert math.isnan(mean["y"])
+
+
+def test_undefined_metric_is_null(tmp_path):
+    results.write(tmp_path, ROWS, ABOUT)
+    document = read_json(tmp_path / "results.json")
+    assert document["categories"]["bottle"]["aupro"] is None
+    assert document["mean"]["aupro"] is None
+    assert document["mean"]["image_auroc"] == 0.75
+    assert document["selected_on_test"] is False
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+def test_json_has_finite_numbers_alone(value):
+    text = json.dumps(results.finite({"x": value, "n": 3}))
+    assert json.loads(text, parse_constant=refuse_constant) == {"x": None, "n": 3}
+
+
+def test_csv(tmp_path):
+    results.write(tmp_path, ROWS, ABOUT | {"selected_on_test": True})
+    rows = read_csv(tmp_path / "results.csv")
+    assert [row["category"] for row in rows] == ["bottle", "cable", "mean"]
+    assert {row["selected_on_test"] for row in rows} == {"True"}
+    assert [row["image_auroc"] for row in rows] == ["0.5", "1.0", "0.75"]
+    assert rows[1]["image_auroc/cut"] == "nan"
+
+
+def test_table():
+    lines = results.table(ROWS, ABOUT).splitlines()
+    assert lines[0].split() == ["category", "image", "AUROC", "AUPRO"]
+    assert [line.split() for line in lines[1:4]] == [
+        ["bottle", "50.00", "-"],
+        ["cable", "100.00", "-"],
+        ["mean", "75.00", "-"],
+    ]
+    assert lines[4] == "bottle, image AUROC by type: cut 25.00"
+    assert len({len(line) for line in lines[:4]}) == 1
+
+
+def test_table_of_one_category_has_no_mean():
+    assert "mean" not in results.table({"bottle": ROWS["bottle"]}, ABOUT)
+
+
+def test_table_of_nothing_measured():
+    text = results.table({"mine": {"test_images": 0, "test_anomalous": 0}}, ABOUT)
+    assert "mine" in text
+
+
+def test_table_says_what_it_rests_on():
+    rows = {"bottle": {"image_auroc": 1.0, "pixel_images_left_out": 4}}
+    assert "leave out 4 anomalous images" in results.table(rows, ABOUT)
+    marked = results.table(rows, ABOUT | {"selected_on_test": True})
+    assert "SELECTED ON THE TEST SET" in marked
+    assert "SELECTED" not in results.table(rows, ABOUT)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", "../..", "/", "", ".", "/etc/passwd", "a/b", "a\\b", "\0", "~", "é ü"],
+)
+def test_file_name_stays_in_its_folder(name, tmp_path):
+    path = tmp_path / results.file_name(name)
+    path.mkdir()
+    assert path.resolve().parent == tmp_path.resolve()
+
+
+@pytest.mark.parametrize("name", ["bottle", "metal_nut", "01", "my-box.2"])
+def test_file_name_of_a_plain_name_is_the_name(name):
+    assert results.file_name(name) == name
+
+
+def test_file_names_differ_as_names_do():
+    names = ["a b", "a_b", "a/b", "a", ".a", "..a", "", "_", "/", ".", "é", "è"]
+    assert len({results.file_name(name) for name in names}) == len(names)
+
+
+def test_scores(tmp_path):
+    records = [Record(Path("/d/good/0.png"), "test")]
+    records += [Record(Path("/d/cut/a,b.png"), "test", "cut")]
+    maps = np.zeros((2, 4, 4), np.float32)
+    scores = [np.float32([0.1, 0.7]), np.float32([1, 2]), np.float32([3, 4])]
+    results.write_scores(tmp_path / "scores.csv", records, Prediction(maps, *scores))
+    first, second = read_csv(tmp_path / "scores.csv")
+    assert first["image"] == "/d/good/0.png"
+    assert (second["name"], second["type"], second["label"]) == ("cut/a,b", "cut", "1")
+    assert np.float32(first["score"]) == np.float32(0.1)  # every digit
+    assert (second["local_score"], second["global_score"]) == ("2.0", "4.0")
+
+
+def draw_picture(anomaly_map, *, mask=None, low=0.0, high=1.0):
+    shape = anomaly_map.shape
+    mask = np.zeros(shape, bool) if mask is None else mask
+    image = np.full((*shape, 3), 100, np.uint8)
+    return figures.picture(image, mask, anomaly_map, low=low, high=high)
+
+
+def test_picture_has_three_panels():
+    drawn = draw_picture(np.zeros((64, 96), np.float32))
+    assert drawn.shape == (64, 3 * 96 + 8, 3)
+    assert drawn.dtype == np.uint8
+    assert (drawn[:, :96] == 100).all()
+    assert (drawn[:, 100:196] == 100).all()
+
+
+def test_pictures_have_one_scale():
+    """Equal values have equal colours, whatever else is in their maps."""
+    a, b = np.zeros((2, 64, 64), np.float32)
+    a[:32], b[:32], b[32:] = 0.5, 0.5, 0.9
+    first, second = draw_picture(a), draw_picture(b)
+    np.testing.assert_array_equal(first[:32], second[:32])
+    assert (first[40, -1] != second[40, -1]).any()
+
+
+def test_scale_ends_at_its_limits():
+    cold, hot = (figures.heatmap(np.full((1, 1), v), 2.0, 4.0) for v in (2.0, 4.0))
+    assert cold.sum() < hot.sum()
+    below, above = (figures.heatmap(np.full((1, 1), v), 2.0, 4.0) for v in (-9, 99))
+    np.testing.assert_array_equal(below, cold)
+    np.testing.assert_array_equal(above, hot)
+
+
+def test_ground_truth_is_outlined_not_covered():
+    mask = np.zeros((64, 64), bool)
+    mask[20:30, 20:30] = True
+    drawn = draw_picture(np.zeros((64, 64), np.float32), mask=mask)
+    panel = drawn[:, 68:132]
+    assert (panel[mask] == 100).all()
+    assert (panel[19, 25] == figures.CONTOUR).all()
+    assert (panel[10, 10] == 100).all()
+
+
+def read_lines(folder: Path):
+    return [read_json_line(x) for x in (folder / "metrics.jsonl").read_text().split()]
+
+
+def read_json_line(line: str):
+    return json.loads(line)
+
+
+def write_epochs(folder: Path, epochs) -> None:
+    with Writer(folder, "bottle") as writer:
+        for epoch in epochs:
+            record = {"loss/local": 1.0, "loss/total": 2.0 / epoch}
+            writer.epoch(epoch, 9, 10 * epoch, record, 0.5)
+
+
+def test_writer_reports_an_epoch(tmp_path, capsys):
+    write_epochs(tmp_path, [1, 2])
+    text = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(text[1]) == {
+        **{"epoch": 2, "step": 20, "loss/local": 1.0, "loss/total": 1.0},
+        "seconds": 0.5,
+    }
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "[bottle] epoch 1/9: loss 2.0000 (local 1.0000), 0.5 s"
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("cut", ["", '{"epoch": 4, "st', "\n"])
+def test_writer_drops_what_happens_again(tmp_path, cut):
+    write_epochs(tmp_path, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text().splitlines()
+    path.write_text("\n".join(before) + "\n" + cut)
+    with Writer(tmp_path, "bottle") as writer:
+        writer.rewind(20)
+    assert path.read_text().splitlines() == before[:2]
+    with Writer(tmp_path, "bottle") as writer:
+        writer.rewind(0)
+    assert path.read_text() == ""
+
+
+def test_writer_has_nothing_to_drop(tmp_path):
+    with Writer(tmp_path, "bottle") as writer:
+        writer.rewind(0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_writer_takes_pictures(tmp_path):
+    with Writer(tmp_path, "bottle") as writer:
+        writer.pictures(3, [("test/good", np.zeros((8, 9, 3), np.uint8))])
+        writer.scalars(3, {"test/image_auroc": 0.5})
+    assert sum(p.stat().st_size for p in (tmp_path / "tensorboard").iterdir()) > 100
+
+
+def test_pictures_on_disk_are_at_the_scale_of_the_run(finished):
+    path = next((finished.workdir / "bottle" / "pictures" / "good").iterdir())
+    with Image.open(path) as picture:
+        assert picture.size == (3 * 64 + 8, 64)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tests import runs
-from ulsad_jax import features, scoring, training
+from ulsad_jax import features, scoring, trainer, training
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
 
@@ -144,7 +144,7 @@ def test_validation_averages_over_the_images(parts, count):
     total, terms = loss_fn(outputs)
     maps = scoring.raw_maps(outputs, (SIZE, SIZE))
     expected = scoring.calibrate(*map(np.asarray, maps), method="quantile")
-    validate = training.make_validate(
+    validate = trainer.make_validate(
         model, loss_fn, kept, batch_size=3, method="quantile"
     )
     found = validate(variables)
@@ -157,7 +157,7 @@ def test_validation_averages_over_the_images(parts, count):
 
 def test_validation_without_calibration(parts):
     model, loss_fn, _ = parts
-    validate = training.make_validate(
+    validate = trainer.make_validate(
         model, loss_fn, make_kept(2), batch_size=3, method="none"
     )
     calibration = validate(init(parts).variables).calibration

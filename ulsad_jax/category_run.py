@@ -23,6 +23,7 @@ from ulsad_jax import (
     pretrained,
     results,
     scoring,
+    trainer,
     training,
 )
 from ulsad_jax.checkpoint import CheckpointStore
@@ -91,14 +92,14 @@ class CategoryRun:
             )
             train, validation, statistics = self._extract()
             loss_fn = make_loss_fn(config.losses)
-            validate = training.make_validate(
+            validate = trainer.make_validate(
                 self._model,
                 loss_fn,
                 validation,
                 batch_size=config.evaluation.batch_size,
                 method=config.calibration,
             )
-            training.Trainer(
+            trainer.Trainer(
                 config,
                 self._name,
                 train=train,

@@ -127,6 +127,11 @@ def _make(architecture: str, source: str, arrays: Mapping[str, np.ndarray]) -> T
     variables = torch_import.import_trunk(arrays, architecture)
     digest = hashlib.sha256()
     for name, value in sorted(torch_import.export(variables).items()):
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"Expected finite trunk weights, found NaN or infinity in {name!r} of "
+                f"{source}. Get the file again."
+            )
         digest.update(f"{name}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value, np.float32).tobytes())
     identity = TrunkIdentity(architecture, source, digest.hexdigest())

@@ -1,0 +1,321 @@
+"""The training loop of one category: validation, checkpoints, resuming, signals."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ulsad_jax import scoring, training
+from ulsad_jax.errors import Interrupted, UserError
+from ulsad_jax.features import ChannelStatistics, Kept
+from ulsad_jax.models.ulsad import Ulsad
+from ulsad_jax.progress import progress
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from ulsad_jax.checkpoint import CheckpointStore
+    from ulsad_jax.pretrained import TrunkIdentity
+    from ulsad_jax.writer import Writer
+
+Losses = dict[str, float]
+
+
+class Validation(NamedTuple):
+    """What a checkpoint learns from the validation normals.
+
+    Attributes:
+        losses: total and terms, averaged over the images.
+        calibration: of the maps.
+    """
+
+    losses: Losses
+    calibration: scoring.Calibration
+
+
+def make_validate(
+    model: Ulsad, loss_fn: Callable, kept: Kept, *, batch_size: int, method: str
+) -> Callable[[Mapping[str, Any]], Validation]:
+    """Returns `validate(variables)` over the validation normals.
+
+    Args:
+        model: the networks.
+        loss_fn: see `losses.make_loss_fn`.
+        kept: features and images of the validation normals.
+        batch_size: images at once.
+        method: of calibration, see `scoring.calibrate`.
+    """
+    size = kept.images.shape[1:3]
+    count = len(kept.images)
+
+    @jax.jit
+    def step(variables, features, image, valid):
+        outputs = model.apply(variables, features, image, train=False)
+        total, terms = loss_fn(outputs, valid)
+        return {training.TOTAL: total, **terms}, scoring.raw_maps(outputs, size)
+
+    def validate(variables: Mapping[str, Any]) -> Validation:
+        sums: dict[str, float] = {}
+        local = np.empty((count, *size), np.float32)
+        global_ = np.empty_like(local)
+        for start in range(0, count, batch_size):
+            # Wrap around at the end: every batch has one shape, and compiles once.
+            rows = np.arange(start, start + batch_size)
+            valid = rows < count
+            rows = rows % count
+            losses, maps = step(
+                variables, kept.features[rows], kept.images[rows], valid
+            )
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * int(valid.sum())
+            local[rows[valid]] = np.asarray(maps.local)[valid]
+            global_[rows[valid]] = np.asarray(maps.global_)[valid]
+        losses = {name: value / count for name, value in sums.items()}
+        return Validation(losses, scoring.calibrate(local, global_, method=method))
+
+    return validate
+
+
+class Trainer:
+    """Trains one category, from wherever its last checkpoint left off.
+
+    The loop is a function of the config and the data alone, so that a run that was
+    stopped and resumed ends as an uninterrupted one does.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        category: str,
+        *,
+        train: Kept,
+        statistics: ChannelStatistics,
+        loss_fn: Callable,
+        validate: Callable[[Mapping[str, Any]], Validation],
+        store: CheckpointStore,
+        writer: Writer,
+        listing: str,
+        trunk: TrunkIdentity,
+        score_test: Callable[..., float] | None = None,
+    ):
+        """Makes the initial state.
+
+        Args:
+            config: the run's.
+            category: decides, with the seed, weights and order.
+            train: features and images of the training normals.
+            statistics: of the feature channels, kept with the networks.
+            loss_fn: see `losses.make_loss_fn`.
+            validate: see `make_validate`.
+            store: of the checkpoints.
+            writer: of the metrics.
+            listing: of the images trained on; a resumed run must find the same.
+            trunk: what made the features, stored with every checkpoint.
+            score_test: for the reference's selection, gives the image AUROC on the
+                test set of (variables, calibration).
+        """
+        self._config, self._category = config, category
+        self._train, self._statistics = train, statistics
+        self._validate, self._score_test = validate, score_test
+        self._store, self._writer, self._listing = store, writer, listing
+        self._trunk = dataclasses.asdict(trunk)
+        batch = config.train.batch_size
+        self._steps_per_epoch = training.steps_per_epoch(len(train.images), batch)
+        model = training.make_model(config)
+        optimizer = training.make_optimizer(**config.optimizer)
+        key = jax.random.fold_in(
+            jax.random.key(config.seed), training.category_seed(category)
+        )
+        self._state = _place(
+            training.init_state(
+                model,
+                optimizer,
+                key,
+                features=jax.ShapeDtypeStruct(
+                    (batch, *train.features.shape[1:]), jnp.float32
+                ),
+                image=jax.ShapeDtypeStruct((batch, *train.images.shape[1:]), jnp.uint8),
+            )
+        )
+        self._train_step = training.make_train_step(model, loss_fn, optimizer)
+        self._sums: Losses = {}  # of the losses of this epoch's steps
+        self._saved: int | None = None
+
+    def run(self) -> training.TrainState:
+        """Trains to the last epoch and returns the final state.
+
+        Raises:
+            Interrupted: by SIGTERM or SIGINT, after saving.
+            UserError: a loss that is not finite; a checkpoint of other data.
+        """
+        self._resume()
+        epochs, per_epoch = self._config.train.num_epochs, self._steps_per_epoch
+        step = int(self._state.step)
+        with _stop_signals() as stop:
+            for epoch in range(step // per_epoch, epochs):
+                started = time.perf_counter()
+                self._run_epoch(epoch, stop)
+                step = int(self._state.step)
+                if step == (epoch + 1) * per_epoch:
+                    self._end_epoch(epoch, time.perf_counter() - started)
+                if stop:
+                    self._save()
+                    self._store.wait()
+                    raise Interrupted(stop[0], step)
+        self._store.wait()
+        return self._state
+
+    def _run_epoch(self, epoch: int, stop: list[int]) -> None:
+        """Takes the epoch's remaining steps, or those before a signal.
+
+        Losses are fetched one step late, so that the device never waits for us.
+        """
+        config, per_epoch = self._config, self._steps_per_epoch
+        batch = config.train.batch_size
+        order = training.epoch_order(
+            len(self._train.images),
+            seed=config.seed,
+            category=self._category,
+            epoch=epoch,
+        )
+        first = int(self._state.step) - epoch * per_epoch
+        pending = None
+        steps = progress(
+            range(first, per_epoch),
+            f"[{self._category}] epoch {epoch + 1}/{config.train.num_epochs}",
+            unit=" steps",
+        )
+        for i in steps:
+            rows = order[i * batch : (i + 1) * batch]
+            self._state, losses = self._train_step(
+                self._state, self._train.features[rows], self._train.images[rows]
+            )
+            if pending is not None:
+                self._count(epoch * per_epoch + i, pending)
+            pending = losses
+            if stop:
+                break
+        if pending is not None:
+            self._count(int(self._state.step), pending)
+
+    def _count(self, step: int, losses: Mapping[str, jax.Array]) -> None:
+        """Adds a step's losses to the epoch's; `step` is the update they belong to."""
+        values = {name: float(value) for name, value in losses.items()}
+        self._check_finite(values, f"at step {step}")
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def _check_finite(self, losses: Losses, where: str) -> None:
+        wrong = [name for name, value in losses.items() if not np.isfinite(value)]
+        if wrong:
+            terms = [name for name in wrong if name != training.TOTAL] or wrong
+            raise UserError(
+                f"Expected finite losses, found {losses[terms[0]]} in "
+                f"{' and '.join(repr(t) for t in terms)} {where} of "
+                f"{self._category!r}. Checkpoints before it are kept. Lower "
+                "--config.optimizer.learning_rate, or look for constant images."
+            )
+
+    def _end_epoch(self, epoch: int, seconds: float) -> None:
+        """Reports the epoch and, if one is due, validates and saves."""
+        config, step = self._config.train, int(self._state.step)
+        validation, metrics = None, {}
+        losses = {k: v / self._steps_per_epoch for k, v in self._sums.items()}
+        self._sums = {}
+        record: dict[str, float] = {f"loss/{k}": v for k, v in losses.items()}
+        last = epoch + 1 == config.num_epochs
+        if last or (epoch + 1) % config.checkpoint_every == 0:
+            validation = self._validate(self._state.variables)
+            # The losses above are from before the last update.
+            self._check_finite(validation.losses, f"in validation after step {step}")
+            record |= {f"validation/{k}": v for k, v in validation.losses.items()}
+            metrics = {"validation_loss": validation.losses[training.TOTAL]}
+            if self._score_test is not None:
+                auroc = self._score_test(self._state.variables, validation.calibration)
+                record["test/image_auroc"] = metrics["test_image_auroc"] = auroc
+        # First: a resumed run drops reports that it makes again, but makes none up.
+        self._writer.epoch(epoch + 1, config.num_epochs, step, record, seconds)
+        if validation is not None:
+            self._save(validation.calibration, metrics)
+
+    def _save(
+        self,
+        calibration: scoring.Calibration | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        step = int(self._state.step)
+        if step == self._saved:
+            return
+        self._saved = step
+        self._store.save(
+            step,
+            model=training.model_tree(self._state.variables, self._statistics),
+            optimizer=self._state.opt_state,
+            progress={
+                "sums": self._sums,
+                "listing": self._listing,
+                "trunk": self._trunk,
+            },
+            calibration=calibration and dataclasses.asdict(calibration),
+            metrics=metrics,
+        )
+
+    def _resume(self) -> None:
+        """Takes up the last checkpoint, if there is one."""
+        step = self._store.latest()
+        self._writer.rewind(step or 0)
+        if step is None:
+            return
+        model, opt_state, saved = self._store.restore_training(
+            step,
+            model=training.model_tree(self._state.variables, self._statistics),
+            optimizer=self._state.opt_state,
+        )
+        if saved["listing"] != self._listing:
+            raise UserError(
+                f"Expected the training images of {self._category!r} that this run "
+                "started with, found others (files added, removed or of another "
+                "size). Restore them, or train anew in another --workdir."
+            )
+        self._state = _place(
+            training.TrainState(
+                step=jnp.asarray(step, jnp.int32),
+                params=model["variables"]["params"],
+                batch_stats=model["variables"]["batch_stats"],
+                opt_state=opt_state,
+            )
+        )
+        self._sums, self._saved = saved["sums"], step
+
+
+def _place(state: training.TrainState) -> training.TrainState:
+    """Commits a state to the device: a new and a restored one are compiled alike."""
+    return jax.device_put(state, jax.devices()[0])
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying from them; the second one kills."""
+    received: list[int] = []
+
+    def handle(signum, frame):
+        received.append(signum)
+        for other in previous:
+            signal.signal(other, previous[other])
+
+    previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    for signum in previous:
+        signal.signal(signum, handle)
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

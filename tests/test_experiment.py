@@ -14,21 +14,21 @@ import jax
 import pytest
 
 from tests import runs, trees
-from ulsad_jax import experiment, training
+from ulsad_jax import experiment, trainer, training
 from ulsad_jax.errors import Interrupted, UserError, reported
 
 REPOSITORY = Path(__file__).parents[1]
 # train.py itself, with a pause before every step: time to stop it somewhere.
 SLOWLY = """
 import runpy, sys, time
-from ulsad_jax import training
+from ulsad_jax import trainer
 
 def slow_progress(steps, *arguments, **options):
     for step in steps:
         time.sleep(0.2)
         yield step
 
-training.progress = slow_progress
+trainer.progress = slow_progress
 sys.argv = ["train.py", *sys.argv[1:]]
 runpy.run_path("train.py", run_name="__main__")
 """
@@ -70,7 +70,7 @@ def count_lines(path: Path) -> int:
 
 def interrupt_at(monkeypatch, signum: int, epoch: int, step: int) -> None:
     """Has the process signal itself before a step of an epoch, both from 0."""
-    plain = training.progress
+    plain = trainer.progress
 
     def progress(steps, title, **options):
         for i in plain(steps, title, **options):
@@ -78,7 +78,7 @@ def interrupt_at(monkeypatch, signum: int, epoch: int, step: int) -> None:
                 os.kill(os.getpid(), signum)
             yield i
 
-    monkeypatch.setattr(training, "progress", progress)
+    monkeypatch.setattr(trainer, "progress", progress)
 
 
 @needs_cpu
@@ -161,7 +161,7 @@ def test_killed_before_the_first_checkpoint(finished, tmp_path):
 
 def test_finished_run_is_left_alone(finished, tmp_path, monkeypatch):
     run = runs.copy(finished, tmp_path)
-    monkeypatch.setattr(training, "Trainer", None)
+    monkeypatch.setattr(trainer, "Trainer", None)
     scores = run.workdir / "bottle" / "scores.csv"
     before = scores.stat()
     assert (
@@ -176,7 +176,7 @@ def test_evaluation_is_made_up_for(finished, tmp_path, monkeypatch):
     run = runs.copy(finished, tmp_path)
     for name in ("results.json", "scores.csv"):
         (run.workdir / "bottle" / name).unlink()
-    monkeypatch.setattr(training, "Trainer", None)
+    monkeypatch.setattr(trainer, "Trainer", None)
     runs.train(run.config, run.workdir)
     runs.assert_same_category(run.workdir, finished.workdir)
 

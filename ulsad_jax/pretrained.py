@@ -81,6 +81,11 @@ def load_saved_trunk(path: Path) -> Trunk:
     """
     from safetensors import safe_open
 
+    if not path.is_file():
+        raise UserError(
+            f"Expected the run's trunk, found nothing at {path}. Restore the file, or "
+            "run the train.py command again, which makes it anew."
+        )
     arrays = _read(path)
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
@@ -172,7 +177,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except SafetensorError as error:
         raise UserError(
             f"Expected a .safetensors file, found {path}: {error}. Download it again, "
-            "or name a .pth file where PyTorch is installed."
+            "or name a .pth file where PyTorch is installed; a run's own copy may be "
+            "deleted: the train.py command makes it anew."
         ) from error
 
 

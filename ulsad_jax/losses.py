@@ -5,8 +5,6 @@ A term is a pure function `term(outputs, **hyperparameters) -> per-example losse
 
     config.losses.attention = {"term": "attention", "weight": 1.0, "cosine_weight": 0.5}
     config.losses.mine = {"term": "my_package.my_file:my_term", "weight": 0.1}
-
-Run as a program, this module would have nothing to do; `make_loss_fn` is the door.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def get_config(category: str = "all") -> ConfigDict:
     config.trunk = trunk = ConfigDict()
     # resnet18, resnet34, resnet50, wide_resnet50_2 or wide_resnet101_2.
     trunk.architecture = "wide_resnet50_2"
-    # "hub" downloads `repository`, "file" reads `path`, "random" draws from `seed`.
+    # "hub" downloads `repository`, "file" reads `path`, "builtin" is a resnet18 that
+    # comes with the package, "random" draws from `seed`.
     trunk.source = "hub"
     # A timm repository on the Hugging Face hub with a model.safetensors.
     trunk.repository = "timm/wide_resnet50_2.racm_in1k"

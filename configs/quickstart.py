@@ -6,12 +6,12 @@ from configs import default
 
 
 def get_config(category: str = "assembly") -> ConfigDict:
-    """Returns a ResNet-18 trunk with random weights at a reduced size."""
+    """Returns the built-in trunk at a reduced size."""
     config = default.get_config(category)
     config.dataset.name = "synthetic"
     config.image_size = (128, 128)
     config.trunk.architecture = "resnet18"
-    config.trunk.source = "random"
+    config.trunk.source = "builtin"
     config.model.local_width = 384
     config.train.num_epochs = 20
     config.evaluation.batch_size = 16

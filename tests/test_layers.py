@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ulsad_jax import torch_import
-from ulsad_jax.models import layers
+from ulsad_jax.models import convolution, layers, resnet
 from ulsad_jax.models.pyramid import pool_channels
 
 
@@ -141,6 +142,43 @@ def test_conv(kernel, stride, padding, use_bias):
         layer.apply(params, x), oracle(x, weight, bias), atol=1e-5
     )
     assert_gradients(layer, params, x, oracle)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1)])
+@pytest.mark.parametrize("chunk", [1, 2**12, 2**30])
+def test_kernel_gradient_of_a_large_batch(size, stride, chunk, monkeypatch):
+    """Whatever number of images is taken at once."""
+    monkeypatch.setattr(convolution, "CHUNK_ELEMENTS", chunk)
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(36, 7, 8, 3)).astype(np.float32)
+    kernel = rng.normal(size=(size, size, 3, 5)).astype(np.float32)
+
+    def loss(x, kernel, images):
+        parts = x.reshape(-1, images, *x.shape[1:])
+        convolve = functools.partial(
+            convolution.convolve, stride=stride, padding=size // 2
+        )
+        return sum(jnp.sin(convolve(part, kernel)).sum() for part in parts)
+
+    large = jax.grad(loss, (0, 1))(x, kernel, 36)
+    small = jax.grad(loss, (0, 1))(x, kernel, 4)  # as XLA does it
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), large, small)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+def test_max_pool(size):
+    x = np.random.default_rng(5).normal(size=(2, *size, 3)).astype(np.float32)
+    around = ((1, 1), (1, 1))
+
+    def oracle(x):
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=around)
+
+    np.testing.assert_array_equal(resnet.max_pool(x), oracle(x))
+    gradients = [
+        jax.grad(lambda x, f=f: jnp.sin(f(x)).sum())(x)
+        for f in (resnet.max_pool, oracle)
+    ]
+    np.testing.assert_allclose(*gradients, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ulsad_jax.data.layouts import LAYOUTS
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.local import ACTIVATIONS
 from ulsad_jax.models.resnet import ARCHITECTURES
+from ulsad_jax.pretrained import BUILTIN_ARCHITECTURE
 
 SELECTIONS = ("last", "best_validation_loss", "best_test_auroc")
 BEST_TEST_AUROC = "best_test_auroc"
@@ -69,7 +70,7 @@ _RULES = {
     "dataset.category": _NOT_EMPTY,
     "dataset.validation_fraction": _BELOW_ONE,
     "trunk.architecture": _one_of(*ARCHITECTURES),
-    "trunk.source": _one_of("hub", "file", "random"),
+    "trunk.source": _one_of("builtin", "hub", "file", "random"),
     "model.local_width": _Rule(
         lambda v: isinstance(v, int) and v >= 4 and v % 4 == 0,
         "a multiple of 4 from 4 up",
@@ -108,7 +109,15 @@ def validate(config: ConfigDict) -> None:
             "Expected config.dataset.root to be the folder of the data set (or a CSV "
             "file for tables), found nothing. Set it with --config.dataset.root=..."
         )
-    if config.trunk.source == "file" and not config.trunk.path:
+    trunk = config.trunk
+    if trunk.source == "builtin" and trunk.architecture != BUILTIN_ARCHITECTURE:
+        raise UserError(
+            f"Expected config.trunk.architecture to be {BUILTIN_ARCHITECTURE!r}, the "
+            f"built-in trunk's, found {trunk.architecture!r}. Set it with "
+            f"--config.trunk.architecture={BUILTIN_ARCHITECTURE}, or take another "
+            "--config.trunk.source."
+        )
+    if trunk.source == "file" and not trunk.path:
         raise UserError(
             "Expected config.trunk.path to name a file, as config.trunk.source is "
             '"file", found nothing. Set it with --config.trunk.path=...'

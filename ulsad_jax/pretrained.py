@@ -1,4 +1,4 @@
-"""The trunk's weights: from the Hugging Face hub, from a file, or random."""
+"""The trunk's weights: built in, from the Hugging Face hub, from a file, or random."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ import numpy as np
 from ulsad_jax import files, torch_import
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.resnet import ResNet
+
+# Trained on drawn images by ulsad_jax.pretrain; its metadata says how.
+BUILTIN_ARCHITECTURE = "resnet18"
+BUILTIN = Path(__file__).parent / "weights" / f"{BUILTIN_ARCHITECTURE}.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ def load_trunk(
 
     Args:
         architecture: a key of `resnet.ARCHITECTURES`.
-        source: "hub", "file" or "random".
+        source: "builtin", "hub", "file" or "random".
         repository: of the hub, with a model.safetensors in timm's names.
         path: a .safetensors or .pth file in torchvision's or timm's names.
         seed: of a random trunk.
@@ -57,6 +61,8 @@ def load_trunk(
     """
     if source == "random":
         return _draw(architecture, seed)
+    if source == "builtin":
+        return _make(architecture, f"builtin:{architecture}", _read(BUILTIN))
     if source == "hub":
         arrays, origin = _read(_download(repository)), f"hub:{repository}"
     else:
@@ -71,6 +77,36 @@ def save_trunk(trunk: Trunk, path: Path) -> None:
     arrays = torch_import.export(trunk.variables)
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     files.replace(path, save(arrays, dataclasses.asdict(trunk.identity)))
+
+
+def save_pretrained(
+    variables: Mapping[str, Any],
+    architecture: str,
+    path: Path,
+    *,
+    about: Mapping[str, str],
+) -> Trunk:
+    """Writes a trunk to share: kernels in float16, the rest in float32.
+
+    Args:
+        variables: of the trunk.
+        architecture: a key of `resnet.ARCHITECTURES`.
+        path: of the .safetensors file, in PyTorch's names.
+        about: where it comes from; kept in the file's metadata with the SHA-256.
+
+    Returns:
+        The trunk as it will be read.
+    """
+    from safetensors.numpy import save
+
+    arrays = {
+        name: np.ascontiguousarray(value, np.float16 if value.ndim > 1 else np.float32)
+        for name, value in torch_import.export(jax.device_get(variables)).items()
+    }
+    trunk = _make(architecture, f"file:{path.name}", arrays)
+    metadata = {**about, "architecture": architecture, "sha256": trunk.identity.sha256}
+    files.replace(path, save(arrays, metadata))
+    return trunk
 
 
 def load_saved_trunk(path: Path) -> Trunk:

@@ -159,7 +159,7 @@ class Trainer:
         self._resume()
         epochs, per_epoch = self._config.train.num_epochs, self._steps_per_epoch
         step = int(self._state.step)
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             for epoch in range(step // per_epoch, epochs):
                 started = time.perf_counter()
                 self._run_epoch(epoch, stop)
@@ -302,7 +302,7 @@ def _place(state: training.TrainState) -> training.TrainState:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT instead of dying from them; the second one kills."""
     received: list[int] = []
 

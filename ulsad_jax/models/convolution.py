@@ -20,6 +20,8 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+MANY_IMAGES = 32  # batches from here on are cut for the kernel's gradient
+CHUNK_ELEMENTS = 2**20  # of the taps held at once
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -46,6 +48,8 @@ def convolve(
 
     if stride == 1 and kernel.shape[0] % 2 == 0:
         return _with_cpu_gradient(native, taps)(x, kernel)
+    if kernel.shape[0] > 1 and x.shape[0] >= MANY_IMAGES:
+        return _with_chunked_kernel_gradient(native, stride, padding)(x, kernel)
     return native(x, kernel)
 
 
@@ -87,6 +91,57 @@ def _with_cpu_gradient(native: Callable, taps: Callable) -> Callable:
         return jax.lax.platform_dependent(
             *inputs, cotangent, cpu=through(taps), default=through(native)
         )
+
+    function = jax.custom_vjp(native)
+    function.defvjp(lambda x, kernel: (native(x, kernel), (x, kernel)), backward)
+    return function
+
+
+def _with_chunked_kernel_gradient(
+    native: Callable, stride: int, padding: int
+) -> Callable:
+    """`native`, with the kernel's gradient as matrix products of a few images on CPUs.
+
+    The taps of a few images stay in the cache; those of a large batch would not.
+    """
+
+    def by_chunks(x, kernel, y):
+        size, _, i, o = kernel.shape
+        rows, columns = y.shape[1:3]
+        share = CHUNK_ELEMENTS // (rows * columns * size * size * i)
+        per_chunk = next(
+            n for n in range(max(1, min(share, len(x))), 0, -1) if len(x) % n == 0
+        )
+
+        def add(total, chunk):
+            x, y = chunk
+            x = _pad(x, padding)
+            taps = [
+                x[:, r : r + stride * rows : stride, s : s + stride * columns : stride]
+                for r in range(size)
+                for s in range(size)
+            ]
+            taps = jnp.concatenate(taps, axis=-1).reshape(-1, size * size * i)
+            product = jnp.matmul(
+                taps.T, y.reshape(-1, o), preferred_element_type=jnp.float32
+            )
+            return total + product, None
+
+        split = [a.reshape(-1, per_chunk, *a.shape[1:]) for a in (x, y)]
+        start = jnp.zeros((size * size * i, o), jnp.float32)
+        total, _ = jax.lax.scan(add, start, tuple(split))
+        return total.reshape(kernel.shape).astype(kernel.dtype)
+
+    def whole(x, kernel, y):
+        return jax.vjp(lambda kernel: native(x, kernel), kernel)[1](y)[0]
+
+    def backward(inputs, y):
+        x, kernel = inputs
+        to_input = jax.vjp(lambda x: native(x, kernel), x)[1](y)[0]
+        to_kernel = jax.lax.platform_dependent(
+            x, kernel, y, cpu=by_chunks, default=whole
+        )
+        return to_input, to_kernel
 
     function = jax.custom_vjp(native)
     function.defvjp(lambda x, kernel: (native(x, kernel), (x, kernel)), backward)

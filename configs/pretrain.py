@@ -1,0 +1,32 @@
+"""The recipe of the built-in trunk: an hour on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe that made ulsad_jax/weights/resnet18.safetensors."""
+    config = ConfigDict()
+    # Of the scenes, the initial weights, the views and the order.
+    config.seed = 0
+    # A key of ulsad_jax.models.resnet.ARCHITECTURES.
+    config.architecture = "resnet18"
+
+    config.scenes = scenes = ConfigDict()
+    scenes.count = 24576  # drawn at the start; 32 KB each in memory
+    scenes.size = 80  # pixels a side
+    # Side of the views cut from a scene, in pixels; a multiple of 16.
+    config.view_size = 64
+
+    config.batch_size = 32  # scenes a step, of two views each
+    config.num_steps = 4000
+    config.learning_rate = 1e-3
+    config.weight_decay = 0.02
+    config.checkpoint_every = 250
+
+    # Weights of the losses; see ulsad_jax/pretraining/objectives.py.
+    config.objectives = objectives = ConfigDict()
+    objectives.contrast = 1.8
+    objectives.defects = 8.0
+    # Of the contrast: lower looks at the most similar positions alone.
+    config.temperature = 0.1
+    return config

@@ -1,0 +1,1 @@
+"""Images that a program draws, to pretrain a trunk on."""

@@ -74,6 +74,8 @@ def signed_distance(
 ) -> Float[Array, "h w"]:
     """About the distance to the outline in pixels, negative inside.
 
+    Shapes without a hole have one of no size: distances fall again towards the centre.
+
     Args:
         contour: the class.
         place: of the pixels, with the shape's centre at 0, in pixels.

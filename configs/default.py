@@ -22,6 +22,13 @@ def get_config(category: str = "all") -> ConfigDict:
     # normals, or "none" for the plain average of raw maps.
     config.calibration = "quantile"
 
+    config.threshold = threshold = ConfigDict()
+    # Share of normal images that may be called anomalous. Fewer validation images than
+    # 1 / image_fpr - 1 cannot promise it: see README, section Decisions.
+    threshold.image_fpr = 0.05
+    # Share of normal images' pixels that may be in the predicted mask.
+    threshold.pixel_fpr = 0.005
+
     config.dataset = dataset = ConfigDict()
     # mvtec_ad, mvtec_loco, btad, mpdd, visa, magnetic_tile, folder, table, synthetic.
     dataset.name = ""

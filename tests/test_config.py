@@ -21,6 +21,8 @@ WRONG = {
     "image_size": ((256,), (64, 65), (32, 64), (64.0, 64), 64),
     "selection": ("best", ""),
     "calibration": ("quantiles",),
+    "threshold.image_fpr": (0.0, 1.0, "few"),
+    "threshold.pixel_fpr": (0, 1, float("nan")),
     "dataset.name": ("", "mvtec"),
     "dataset.validation_fraction": (1.0, -0.1),
     "trunk.architecture": ("resnet152",),

@@ -186,7 +186,8 @@ def test_decisions_of_a_run(finished):
     assert threshold == basis["validation_scores"][-1]
     assert basis["image_fpr_expected"] == pytest.approx(1 / 3)
     line = next(x for x in finished.printed.splitlines() if "image threshold" in x)
-    assert "33.3 at most, not 5: too few images" in line
+    assert "33.3 % on average" in line
+    assert "from 2 normals, too few for 5 %" in line
     metrics = document["metrics"]
     assert f"true positives {100 * metrics['image_tpr']:.2f}" in line
 

@@ -147,15 +147,16 @@ def _decision_lines(
     promised = {"image": "given by hand", "pixel": "given by hand"}
     if (asked := basis["image_fpr"]) is not None:
         expected = basis["image_fpr_expected"]
-        short = f"not {100 * asked:.3g}: too few images; " if expected > asked else ""
+        too_few = f", too few for {100 * asked:.3g} %"
         promised["image"] = (
-            f"false positives {100 * expected:.3g} at most, {short}from {count} "
-            f"normals; below {100 * basis['image_fpr_upper']:.3g} with 95 % confidence"
+            f"false positives {100 * expected:.3g} % on average, below "
+            f"{100 * basis['image_fpr_upper']:.3g} % with 95 % confidence, from "
+            f"{count} normals{too_few if expected > asked else ''}"
         )
     if (asked := basis["pixel_fpr"]) is not None:
         error = basis["pixel_fpr_error"]
         spread = "" if error is None else f" +- {100 * error:.2g}"
-        promised["pixel"] = f"false positives about {100 * asked:.3g}{spread}"
+        promised["pixel"] = f"false positives {100 * asked:.3g}{spread} %"
     lines = []
     for kind, text in promised.items():
         line = f"{name}, {kind} threshold {thresholds[kind]:.4g} ({text})"

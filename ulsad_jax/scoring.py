@@ -187,9 +187,10 @@ def quantiles_without(
     kept = min(flat.size, rest - lower.min() + size)
     top = np.argpartition(flat, flat.size - kept)[flat.size - kept :]
     top = top[np.argsort(flat[top])]
-    image, found = top // size, np.empty((n, len(quantiles)), np.float32)
+    image, largest = top // size, flat[top]
+    found = np.empty((n, len(quantiles)), np.float32)
     for i in range(n):
-        others = flat[top[image != i]]  # ends where all of the others end
+        others = largest[image != i]  # ends where all of the others end
         low, high = others[lower - rest], others[upper - rest]
         found[i] = low + (positions - lower) * (high - low)
     return found

@@ -262,6 +262,25 @@ def test_link_into_an_input_is_no_place_for_results(tree):
         predictions.check_output(tree / "link" / "out", inputs)
 
 
+def test_file_that_goes_while_it_is_predicted(detector, tmp_path, monkeypatch):
+    for i in range(3):
+        trees.write_image(tmp_path / "in" / f"{i}.png")
+    predict = detector.predict
+
+    def remove(batch):
+        (tmp_path / "in" / "1.png").unlink()
+        return predict(batch)
+
+    monkeypatch.setattr(detector, "predict", remove)
+    inputs = predictions.find_inputs([str(tmp_path / "in")])
+    counts = predictions.predict_files(
+        detector, inputs, tmp_path / "out", overlays=True
+    )
+    assert (counts.images, counts.failed) == (3, 1)
+    rows = read_json(tmp_path / "out")
+    assert [row["error"] is None for row in rows] == [True, False, True]
+
+
 def test_few_images_are_in_memory(detector, tmp_path, monkeypatch):
     """Decoding waits for the rows to be written."""
     image = tmp_path / "in" / "0.png"

@@ -152,7 +152,13 @@ def predict_files(
                 row |= {"image": os.fspath(path), "name": inputs.name(path)}
                 if isinstance(item, Prepared):
                     result = next(results)
-                    _write_pictures(detector, result, path, output, row["name"], wanted)
+                    try:
+                        _write_pictures(
+                            detector, result, path, output, row["name"], wanted
+                        )
+                    except UserError as error:  # the file is gone by now
+                        row["error"] = str(error)
+                        failed += 1
                     row |= {name: getattr(result, name) for name in SCORES}
                     row |= {"height": item.size[0], "width": item.size[1]}
                     anomalous += result.is_anomalous

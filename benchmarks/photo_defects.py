@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, UInt8
 
 # Side of a tile in pixels of the photograph.
-TEXTURES = {"brick.png": 128, "grass.png": 128, "gravel.png": 128, "ihc.png": 128}
+TEXTURES = {"brick.png": 128, "grass.png": 128, "gravel.png": 128}
 OBJECTS = {
     "coins.png": 150,
     "camera.png": 200,
@@ -31,14 +31,15 @@ OBJECTS = {
     "motorcycle_left.png": 240,
     "retina.jpg": 500,
     "page.png": 150,
+    "ihc.png": 200,
 }
 CATEGORIES = tuple(name.partition(".")[0] for name in (*TEXTURES, *OBJECTS))
 TYPES = ("painted", "blurred", "transplanted", "scratched")
 GOOD = "good"
-VERSION = 1  # to be raised with every change of what is drawn
+VERSION = 2  # to be raised with every change of what is drawn
 # A defect must change its pixels by this much on average (grey levels of 255), and
 # they must be this many for a tile of 128 x 128; else another one is drawn.
-LEAST_CHANGE, LEAST_PIXELS = 5.0, 20
+LEAST_CHANGE, LEAST_PIXELS = 8.0, 20
 _SHIFT, _TURN = 4, 2.0  # of objects, at most: pixels of a tile of 128, degrees
 _LEAST_CONTRAST = 25.0  # standard deviation of an object's region, grey levels
 
@@ -168,9 +169,9 @@ def _photograph(
 
 def _paint(sound, category, rng):
     """A soft spot, grey or coloured, lighter or darker than what it covers."""
-    alpha = _spot(len(sound), rng, 0.06, 0.15) * rng.uniform(0.6, 0.9)
+    alpha = _spot(len(sound), rng, 0.07, 0.15) * rng.uniform(0.7, 0.95)
     local = np.average(sound, axis=(0, 1), weights=np.repeat(alpha[..., None], 3, -1))
-    offset = rng.choice((-1, 1)) * rng.uniform(20, 50)
+    offset = rng.choice((-1, 1)) * rng.uniform(25, 60)
     if rng.random() < 0.5:
         offset = offset + rng.normal(0, 20, 3)
     return _mix(sound, np.clip(local + offset, 0, 255), alpha), alpha
@@ -178,15 +179,15 @@ def _paint(sound, category, rng):
 
 def _blur(sound, category, rng):
     """A spot out of focus."""
-    alpha = _spot(len(sound), rng, 0.10, 0.18)
-    sigma = rng.uniform(1.2, 2.5) * len(sound) / 128
+    alpha = _spot(len(sound), rng, 0.12, 0.20)
+    sigma = rng.uniform(1.5, 3.0) * len(sound) / 128
     return _mix(sound, ndimage.gaussian_filter(sound, (sigma, sigma, 0)), alpha), alpha
 
 
 def _transplant(sound, category, rng):
     """A patch from elsewhere, sometimes from another photograph, at local mean."""
     size = len(sound)
-    alpha = _spot(size, rng, 0.08, 0.15)
+    alpha = _spot(size, rng, 0.10, 0.18)
     source = category if rng.random() < 0.6 else str(rng.choice(CATEGORIES))
     photo = _photo(source, size)
     y, x = (rng.integers(0, side - size + 1) for side in photo.shape[:2])
@@ -202,7 +203,7 @@ def _scratch(sound, category, rng):
     size, fine = len(sound), 4
     start = rng.uniform(0.1, 0.9, 2) * size
     direction = rng.uniform(0, 2 * np.pi)
-    length = rng.uniform(0.10, 0.30) * size
+    length = rng.uniform(0.15, 0.40) * size
     pieces = int(rng.integers(2, 5))
     points = [start]
     for _ in range(pieces):
@@ -210,12 +211,12 @@ def _scratch(sound, category, rng):
         step = np.array([np.cos(direction), np.sin(direction)]) * length / pieces
         points.append(points[-1] + step)
     canvas = Image.new("L", (size * fine, size * fine))
-    width = max(1, round(rng.uniform(0.8, 1.8) * size / 128 * fine))
+    width = max(1, round(rng.uniform(1.0, 2.0) * size / 128 * fine))
     line = [tuple(float(c) for c in p * fine) for p in points]
     ImageDraw.Draw(canvas).line(line, fill=255, width=width, joint="curve")
     drawn = canvas.resize((size, size), Image.Resampling.BOX)
     alpha = ndimage.gaussian_filter(np.asarray(drawn, np.float32) / 255, 0.4)
-    offset = rng.choice((-1, 1)) * rng.uniform(25, 60)
+    offset = rng.choice((-1, 1)) * rng.uniform(35, 80)
     return np.clip(sound + offset * alpha[..., None], 0, 255), alpha
 
 

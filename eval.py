@@ -12,6 +12,9 @@ _SELECTION = flags.DEFINE_enum(
     ["last", "best_validation_loss", "best_test_auroc"],
     "Another checkpoint than the config's.",
 )
+_WRITE_MAPS = flags.DEFINE_boolean(
+    "write_maps", False, "Write maps as .tiff, as config.evaluation.write_maps does."
+)
 flags.mark_flags_as_required(["workdir"])
 
 
@@ -26,8 +29,13 @@ def main(argv: list[str]) -> None:
         from ulsad_jax import experiment  # not for --help: JAX takes seconds
 
         workdir = Path(_WORKDIR.value).expanduser()
-        selection = _SELECTION.value or ""
-        print(experiment.evaluate(workdir, root=_ROOT.value, selection=selection))
+        printed = experiment.evaluate(
+            workdir,
+            root=_ROOT.value,
+            selection=_SELECTION.value or "",
+            write_maps=_WRITE_MAPS.value,
+        )
+        print(printed)
 
 
 if __name__ == "__main__":

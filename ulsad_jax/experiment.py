@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ulsad_jax import config as config_lib
 from ulsad_jax import pretrained, results
-from ulsad_jax.category_run import CHECKPOINTS, RESULTS, CategoryRun
+from ulsad_jax.category_run import CHECKPOINTS, MAPS, RESULTS, CategoryRun
 from ulsad_jax.data import synthetic
 from ulsad_jax.data.layouts import select_categories
 from ulsad_jax.data.pipeline import Category, open_category
@@ -54,13 +54,16 @@ def train(config: ConfigDict, workdir: Path) -> str:
     return _collect(config, workdir, categories, trunk)
 
 
-def evaluate(workdir: Path, *, root: str = "", selection: str = "") -> str:
+def evaluate(
+    workdir: Path, *, root: str = "", selection: str = "", write_maps: bool = False
+) -> str:
     """Evaluates the checkpoints of a run again.
 
     Args:
         workdir: that `train` wrote.
         root: of the data, if it moved.
         selection: another `config.selection` than the run's.
+        write_maps: also writes maps, if the run's config does not say so.
 
     Returns:
         The table of results and where to find the rest.
@@ -74,6 +77,7 @@ def evaluate(workdir: Path, *, root: str = "", selection: str = "") -> str:
     if selection:
         config.selection = selection
         config_lib.validate(config)
+    config.evaluation.write_maps |= write_maps
     _cache_compilations(config)
     categories = list_categories(config)
     trunk = pretrained.load_saved_trunk(workdir / TRUNK)
@@ -211,4 +215,6 @@ def _collect(
         )
     lines.append(f"Results: {workdir / RESULTS}, {workdir / 'results.csv'}")
     lines.append(f"Pictures: {workdir}/<category>/pictures/<type>/*.png")
+    if config.evaluation.write_maps:
+        lines.append(f"Maps: {workdir / MAPS}/<category>/test/<type>/*.tiff")
     return "\n".join(lines)

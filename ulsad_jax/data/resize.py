@@ -61,6 +61,21 @@ def resize_nearest(
     return mask[rows[:, None], columns]
 
 
+def resize_map(
+    anomaly_map: Float[np.ndarray, "h w"], size: tuple[int, int]
+) -> Float[np.ndarray, "H W"]:
+    """Bilinear sampling of a map, whose values keep their type.
+
+    Args:
+        anomaly_map: the map.
+        size: (height, width) of the result in pixels.
+    """
+    top, bottom, down = _neighbours(anomaly_map.shape[0], size[0])
+    left, right, across = _neighbours(anomaly_map.shape[1], size[1])
+    wide = _mix(anomaly_map[:, left], anomaly_map[:, right], across)  # h W
+    return _mix(wide[top], wide[bottom], down[:, None])
+
+
 def _neighbours(
     n: int, out: int
 ) -> tuple[Int[np.ndarray, " out"], Int[np.ndarray, " out"], Float[np.ndarray, " out"]]:

@@ -88,7 +88,7 @@ def measure_errors(transform: Callable[[np.ndarray], np.ndarray]) -> dict[str, f
 
     from ulsad_jax.metrics import pixel, spro, stream
 
-    images = list(generate(12, (400, 500), transform))
+    images = list(generate(12, (720, 960), transform))
     result = stream.PixelStream()
     for image in images:
         result.add(*image[:3])

@@ -17,15 +17,16 @@ OCTAVE = 128  # pages of a binary order of magnitude and a sign
 class ScoreHistogram:
     """Named columns of sums over the same bins of scores.
 
-    A bin is a range of neighbouring float32 numbers, at first a single one. Room is
-    made for the binary orders of magnitude that occur. When they would take more than
-    `max_bins`, bins are joined in pairs, first where there are the fewest scores a
-    bin: no range has to be known beforehand, and bins are narrow where scores crowd.
-    With 2^22 bins, the scores of one bin agree to one part in 8192 at least.
+    Up to `max_bins` scores are kept as they are. Then they go to bins, ranges of
+    neighbouring float32 numbers, at first single ones. Room is made for the binary
+    orders of magnitude that occur. When they would take more than `max_bins`, bins are
+    joined in pairs, first where there are the fewest scores a bin: no range has to be
+    known beforehand, and bins are narrow where scores crowd. With 2^22 bins, the scores
+    of one bin agree to one part in 8192 at least.
     """
 
     def __init__(self, *, max_bins: int = 1 << 22):
-        """Makes an empty histogram; a column takes at most 8 bytes a bin.
+        """Makes an empty histogram; a column takes at most 12 bytes a bin.
 
         Args:
             max_bins: of a column, at least 2^16.
@@ -41,6 +42,7 @@ class ScoreHistogram:
         self._shift = np.zeros(PAGES, np.int64)
         self._start = np.full(PAGES, -1)
         self._size = 0
+        self._waiting: list[tuple[Hashable, np.ndarray, np.ndarray | None]] = []
         self._sums: dict[Hashable, np.ndarray] = {}
 
     def add(
@@ -50,15 +52,9 @@ class ScoreHistogram:
         weights: Float[np.ndarray, " n"] | None = None,
     ) -> None:
         """Adds weights, by default ones, to the bins of finite scores."""
-        keys = _order_keys(scores)
-        pages = keys >> 16
-        self._counts += np.bincount(pages, minlength=PAGES)
-        self._make_room()
-        if column not in self._sums:
-            # Also for counts: integers of up to 2^53 are exact.
-            self._sums[column] = np.zeros(self._size)
-        bins = self._start[pages] + ((keys & 0xFFFF) >> self._shift[pages])
-        np.add.at(self._sums[column], bins, 1.0 if weights is None else weights)
+        self._waiting.append((column, _order_keys(scores), weights))
+        if self._size or sum(k.size for _, k, _ in self._waiting) > self._max_bins:
+            self._fill_bins()
 
     def read(
         self, columns: Iterable[Iterable[Hashable]]
@@ -71,6 +67,8 @@ class ScoreHistogram:
         Returns:
             The results, and whether each bin may hold several scores.
         """
+        if not self._size:
+            return self._read_waiting(columns)
         totals = []
         for names in columns:
             total = np.zeros(self._size)
@@ -78,10 +76,43 @@ class ScoreHistogram:
                 if name in self._sums:
                     total += self._sums[name]
             totals.append(total[::-1])
-        filled = np.any([total != 0 for total in totals], axis=0)
+        filled = np.any(totals, axis=0)
         opened = self._start >= 0
         binned = np.repeat(self._shift[opened] > 0, PAGES >> self._shift[opened])
         return [total[filled] for total in totals], binned[::-1][filled]
+
+    def _read_waiting(
+        self, columns: Iterable[Iterable[Hashable]]
+    ) -> tuple[list[Float[np.ndarray, " k"]], Bool[np.ndarray, " k"]]:
+        """As `read`, while all scores are kept."""
+        keys = [keys for _, keys, _ in self._waiting]
+        found, places = np.unique(
+            np.concatenate([np.zeros(0, np.uint32), *keys]), return_inverse=True
+        )
+        places = np.split(places, np.cumsum([k.size for k in keys])[:-1])
+        totals = []
+        for names in map(set, columns):
+            total = np.zeros(len(found))
+            for (name, _, weights), at in zip(self._waiting, places, strict=False):
+                if name in names:
+                    total += np.bincount(at, weights, len(found))
+            totals.append(total[::-1])
+        filled = np.any(totals, axis=0)
+        return [total[filled] for total in totals], np.zeros(filled.sum(), bool)
+
+    def _fill_bins(self) -> None:
+        """Puts the scores that wait into bins."""
+        for _, keys, _ in self._waiting:
+            self._counts += np.bincount(keys >> 16, minlength=PAGES)
+        self._make_room()
+        for column, keys, weights in self._waiting:
+            if column not in self._sums:
+                # Also for counts: integers of up to 2^53 are exact.
+                self._sums[column] = np.zeros(self._size)
+            pages = keys >> 16
+            bins = self._start[pages] + ((keys & 0xFFFF) >> self._shift[pages])
+            np.add.at(self._sums[column], bins, 1.0 if weights is None else weights)
+        self._waiting = []
 
     def _make_room(self) -> None:
         """Gives bins to the orders of magnitude that are new."""

@@ -1,8 +1,9 @@
 """Pixel-level metrics at original resolution, one image at a time.
 
-Memory does not grow with the number of images: scores are kept in a histogram of
-float32 numbers, whose bins are narrow where scores crowd. `PixelStream.error_bound`
-says how much that can change a result; `benchmarks/spro.py` measures it.
+Memory does not grow with the number of images: up to four million scores are kept,
+and more go to a histogram of float32 numbers, whose bins are narrow where scores crowd.
+`PixelStream.error_bound` says how much that can change a result, and
+`benchmarks/spro.py` measures it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class PixelStream:
         """Makes an empty stream.
 
         Args:
-            max_bins: of the histogram; it takes at most 32 bytes a bin and group.
+            max_bins: of the histogram; it takes at most 40 bytes a bin and group.
         """
         self._histogram = ScoreHistogram(max_bins=max_bins)
         self._groups: dict[Hashable, None] = {}

@@ -20,7 +20,7 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-_IMAGES = flags.DEFINE_integer("images", 337, "Images of the category.")
+_IMAGES = flags.DEFINE_integer("images", 337, "Images of the category.", lower_bound=3)
 _HEIGHT = flags.DEFINE_integer("height", 1280, "Of the images in pixels.")
 _WIDTH = flags.DEFINE_integer("width", 1600, "Of the images in pixels.")
 

@@ -18,6 +18,9 @@ _IMAGE_THRESHOLD = flags.DEFINE_float(
 _PIXEL_THRESHOLD = flags.DEFINE_float(
     "pixel_threshold", None, "Map value above which pixels are, not the run's."
 )
+_WRITE_MAPS = flags.DEFINE_boolean(
+    "write_maps", False, "Write maps as .tiff, as config.evaluation.write_maps does."
+)
 flags.mark_flags_as_required(["workdir"])
 
 
@@ -32,14 +35,15 @@ def main(argv: list[str]) -> None:
         from ulsad_jax import experiment  # not for --help: JAX takes seconds
 
         workdir = Path(_WORKDIR.value).expanduser()
-        table = experiment.evaluate(
+        printed = experiment.evaluate(
             workdir,
             root=_ROOT.value,
             selection=_SELECTION.value or "",
             image_threshold=_IMAGE_THRESHOLD.value,
             pixel_threshold=_PIXEL_THRESHOLD.value,
+            write_maps=_WRITE_MAPS.value,
         )
-        print(table)
+        print(printed)
 
 
 if __name__ == "__main__":

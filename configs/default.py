@@ -93,4 +93,10 @@ def get_config(category: str = "all") -> ConfigDict:
     evaluation.batch_size = 8
     # Heatmap pictures of each type of test image; -1 for all.
     evaluation.pictures_per_type = 8
+    # Whether to measure pixels at the images' own resolution, too: AUROC and AUPRO;
+    # for mvtec_loco and synthetic AU-sPRO, the data set's own metric.
+    evaluation.original_resolution = False
+    # Whether to write each test image's map to maps/<category>/test/<type>/<id>.tiff
+    # in the run's folder: float32 at the image's own resolution, 4 bytes a pixel.
+    evaluation.write_maps = False
     return config

@@ -40,6 +40,8 @@ WRONG = {
     "train.dtype": ("float16",),
     "evaluation.batch_size": (0,),
     "evaluation.pictures_per_type": (-2,),
+    "evaluation.original_resolution": (1, "yes"),
+    "evaluation.write_maps": (0, None),
 }
 
 
@@ -134,6 +136,7 @@ def test_no_file(tmp_path):
         {"train.num_epochs": 999},
         {"train.checkpoint_every": 3},
         {"evaluation.batch_size": 1, "evaluation.pictures_per_type": -1},
+        {"evaluation.original_resolution": True, "evaluation.write_maps": True},
         {"dataset.root": "elsewhere", "dataset.cache_dir": "elsewhere"},
     ],
     ids=str,

@@ -79,6 +79,15 @@ def test_table():
     assert len({len(line) for line in lines[:4]}) == 1
 
 
+def test_table_of_au_spro_is_its_headline_alone():
+    row = {"image_auroc": 0.5, "au_spro_0.01": 0.125, "au_spro_0.05": 0.25}
+    row |= {"au_spro_0.01/a": 0.0, "au_spro_0.05/a": 0.75, "au_spro_0.05/b": NAN}
+    lines = results.table({"pushpins": row}, ABOUT).splitlines()
+    assert lines[0].endswith("image AUROC  AU-sPRO 0.05")
+    assert lines[1].split() == ["pushpins", "50.00", "25.00"]
+    assert lines[2:] == ["pushpins, AU-sPRO 0.05 by type: a 75.00, b -"]
+
+
 def test_table_of_one_category_has_no_mean():
     assert "mean" not in results.table({"bottle": ROWS["bottle"]}, ABOUT)
 

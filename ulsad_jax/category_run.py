@@ -19,6 +19,7 @@ from ulsad_jax import (
     evaluation,
     features,
     files,
+    full_resolution,
     pretrained,
     results,
     scoring,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
     from ml_collections import ConfigDict
 
-RESULTS = "results.json"
+RESULTS, MAPS = "results.json", "maps"
 LOCO_LAYOUTS = ("mvtec_loco", "synthetic")  # their headline is the mean of two types
 
 
@@ -137,14 +138,21 @@ class CategoryRun:
             self._config, self._folder, self._trunk, step=step, **given
         )
         prediction, truth = self._predict_test(weights)
+        test = self._data.test
+        images = [record.image for record in test.records]
+        evaluation.check_finite(prediction.anomaly_map, images)
         with warnings.catch_warnings(record=True) as undefined:
             warnings.simplefilter("always", UserWarning)
             metrics = self._measure(prediction, truth, decisions.thresholds)
-        records = self._data.test.records
-        results.write_scores(self._folder / "scores.csv", records, prediction)
+        results.write_scores(self._folder / "scores.csv", test.records, prediction)
         pictures = self._write_pictures(prediction, truth, weights.calibration)
+        if self._config.evaluation.write_maps:
+            shutil.rmtree(self._maps, ignore_errors=True)
+            full_resolution.write_maps(
+                test, prediction.anomaly_map, self._maps, title=f"[{self._name}] maps"
+            )
         with Writer(self._folder, self._name) as writer:
-            if not records:
+            if not images:
                 writer.say("no test images: nothing to measure")
             for text in dict.fromkeys(str(warning.message) for warning in undefined):
                 writer.say(text)
@@ -172,19 +180,26 @@ class CategoryRun:
         if not len(truth.labels):
             return metrics
         loco = self._config.dataset.name in LOCO_LAYOUTS
-        return (
-            metrics
-            | evaluation.image_level(
-                truth.labels, truth.types, prediction.score, loco=loco
-            )
-            | evaluation.pixel_level(
-                truth.masks, truth.has_mask, prediction.anomaly_map
-            )
-            | evaluation.decision_level(prediction, truth, thresholds)
+        metrics |= evaluation.image_level(
+            truth.labels, truth.types, prediction.score, loco=loco
         )
+        metrics |= evaluation.pixel_level(
+            truth.masks, truth.has_mask, prediction.anomaly_map
+        )
+        metrics |= evaluation.decision_level(prediction, truth, thresholds)
+        if self._config.evaluation.original_resolution:
+            metrics |= full_resolution.measure(
+                self._data.test,
+                prediction.anomaly_map,
+                loco=loco,
+                title=f"[{self._name}] original resolution",
+            )
+        return metrics
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the folder's results are those of this step, on these images."""
+        if self._config.evaluation.write_maps and not self._maps.exists():
+            return False
         path = self._folder / RESULTS
         try:
             document = json.loads(path.read_text())
@@ -206,7 +221,13 @@ class CategoryRun:
             "step": step,
             "selection": self._config.selection,
             "data": self._data.fingerprint,
+            "original_resolution": self._config.evaluation.original_resolution,
         }
+
+    @property
+    def _maps(self) -> Path:
+        """Of all categories in one folder, as MVTec's evaluation scripts expect."""
+        return self._folder.parent / MAPS / self._folder.name
 
     def _extract(
         self,

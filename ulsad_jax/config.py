@@ -47,6 +47,7 @@ _NOT_NEGATIVE = _Rule(lambda v: _is_number(v) and v >= 0, "a number from 0 up")
 _BELOW_ONE = _Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
 _SHARE = _Rule(lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
 _NOT_EMPTY = _Rule(lambda v: isinstance(v, str) and v != "", "some text")
+_BOOLEAN = _Rule(lambda v: isinstance(v, bool), "True or False")
 # JAX would take the remainder of a larger one, without a word.
 _SEED = _Rule(
     lambda v: isinstance(v, int) and 0 <= v < 2**32, "an integer from 0 to 4294967295"
@@ -90,6 +91,8 @@ _RULES = {
     "train.dtype": _one_of("float32", "bfloat16"),
     "evaluation.batch_size": _at_least(1),
     "evaluation.pictures_per_type": _at_least(-1),
+    "evaluation.original_resolution": _BOOLEAN,
+    "evaluation.write_maps": _BOOLEAN,
 }
 
 

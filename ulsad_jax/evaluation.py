@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.struct
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from ulsad_jax import decisions, scoring
+from ulsad_jax.errors import UserError
 from ulsad_jax.features import ChannelStatistics
 from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.metrics import pixel as pixel_metrics
@@ -151,6 +153,24 @@ def predict_split(
         truth.has_mask[rows] = batch["has_mask"][valid]
         truth.images[rows] = batch["image"][valid]
     return prediction, truth
+
+
+def check_finite(maps: Float[np.ndarray, "n h w"], images: Sequence[Path]) -> None:
+    """Refuses maps that nothing can be measured on.
+
+    Raises:
+        UserError: names the first image whose map has a value that is not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(maps).all((1, 2)))
+    if bad.size:
+        row, column = np.argwhere(~np.isfinite(maps[bad[0]]))[0]
+        raise UserError(
+            f"Expected finite anomaly maps, found NaN or infinite values in "
+            f"{bad.size} of {len(maps)}, the first at row {row}, column {column} of "
+            f"the map of {images[bad[0]]}. The networks diverged, or the trunk does "
+            "not fit: train again, with a lower config.optimizer.learning_rate or "
+            "config.train.dtype float32."
+        )
 
 
 def image_level(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ulsad_jax import config as config_lib
 from ulsad_jax import pretrained, results
-from ulsad_jax.category_run import RESULTS, CategoryRun
+from ulsad_jax.category_run import MAPS, RESULTS, CategoryRun
 from ulsad_jax.data import synthetic
 from ulsad_jax.data.layouts import select_categories
 from ulsad_jax.data.pipeline import Category, open_category
@@ -60,6 +60,7 @@ def evaluate(
     selection: str = "",
     image_threshold: float | None = None,
     pixel_threshold: float | None = None,
+    write_maps: bool = False,
 ) -> str:
     """Evaluates the checkpoints of a run again.
 
@@ -69,6 +70,7 @@ def evaluate(
         selection: another `config.selection` than the run's.
         image_threshold: instead of the run's, in every category.
         pixel_threshold: instead of the run's, in every category.
+        write_maps: also writes maps, if the run's config does not say so.
 
     Returns:
         The table of results and where to find the rest.
@@ -82,6 +84,7 @@ def evaluate(
     if selection:
         config.selection = selection
         config_lib.validate(config)
+    config.evaluation.write_maps |= write_maps
     _cache_compilations(config)
     categories = list_categories(config)
     trunk = pretrained.load_saved_trunk(workdir / TRUNK)
@@ -222,4 +225,6 @@ def _collect(
         )
     lines.append(f"Results: {workdir / RESULTS}, {workdir / 'results.csv'}")
     lines.append(f"Pictures: {workdir}/<category>/pictures/<type>/*.png")
+    if config.evaluation.write_maps:
+        lines.append(f"Maps: {workdir / MAPS}/<category>/test/<type>/*.tiff")
     return "\n".join(lines)

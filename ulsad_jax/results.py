@@ -28,11 +28,13 @@ TABLE = {
     "pixel_average_precision": "pixel AP",
     "pixel_f1_max": "pixel F1",
     "aupro": "AUPRO",
+    "au_spro_0.05": "AU-sPRO 0.05",
 }
 SCORES = (
     *("score", "normalized_score", "is_anomalous", "local_score", "global_score"),
     *("mask_area", "mask_share"),
 )  # of an image, in scores.csv
+BY_TYPE = {"image_auroc": "image AUROC", "au_spro_0.05": "AU-sPRO 0.05"}
 
 
 def mean_row(categories: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -103,10 +105,15 @@ def table(
         cells = [_percent(row.get(k, math.nan)).rjust(len(TABLE[k])) for k in columns]
         lines.append("  ".join([name.ljust(width), *cells]))
     for name, row in categories.items():
-        types = {k.partition("/")[2]: v for k, v in row.items() if "/" in k}
-        if types:
-            listed = ", ".join(f"{k} {_percent(v)}" for k, v in types.items())
-            lines.append(f"{name}, image AUROC by type: {listed}")
+        for metric, title in BY_TYPE.items():
+            types = {
+                k.partition("/")[2]: v
+                for k, v in row.items()
+                if k.startswith(f"{metric}/")
+            }
+            if types:
+                listed = ", ".join(f"{k} {_percent(v)}" for k, v in types.items())
+                lines.append(f"{name}, {title} by type: {listed}")
         if left_out := row.get("pixel_images_left_out"):
             lines.append(
                 f"{name}, pixel metrics leave out {left_out} anomalous images "

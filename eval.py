@@ -12,6 +12,15 @@ _SELECTION = flags.DEFINE_enum(
     ["last", "best_validation_loss", "best_test_auroc"],
     "Another checkpoint than the config's.",
 )
+_IMAGE_THRESHOLD = flags.DEFINE_float(
+    "image_threshold", None, "Score above which images are anomalous, not the run's."
+)
+_PIXEL_THRESHOLD = flags.DEFINE_float(
+    "pixel_threshold", None, "Map value above which pixels are, not the run's."
+)
+_WRITE_MAPS = flags.DEFINE_boolean(
+    "write_maps", False, "Write maps as .tiff, as config.evaluation.write_maps does."
+)
 flags.mark_flags_as_required(["workdir"])
 
 
@@ -26,8 +35,15 @@ def main(argv: list[str]) -> None:
         from ulsad_jax import experiment  # not for --help: JAX takes seconds
 
         workdir = Path(_WORKDIR.value).expanduser()
-        selection = _SELECTION.value or ""
-        print(experiment.evaluate(workdir, root=_ROOT.value, selection=selection))
+        printed = experiment.evaluate(
+            workdir,
+            root=_ROOT.value,
+            selection=_SELECTION.value or "",
+            image_threshold=_IMAGE_THRESHOLD.value,
+            pixel_threshold=_PIXEL_THRESHOLD.value,
+            write_maps=_WRITE_MAPS.value,
+        )
+        print(printed)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ def get_config(category: str = "all") -> ConfigDict:
     # normals, or "none" for the plain average of raw maps.
     config.calibration = "quantile"
 
+    config.threshold = threshold = ConfigDict()
+    # Share of normal images that may be called anomalous. Fewer validation images than
+    # 1 / image_fpr - 1 cannot promise it: see README, section Decisions.
+    threshold.image_fpr = 0.05
+    # Share of normal images' pixels that may be in the predicted mask.
+    threshold.pixel_fpr = 0.005
+
     config.dataset = dataset = ConfigDict()
     # mvtec_ad, mvtec_loco, btad, mpdd, visa, magnetic_tile, folder, table, synthetic.
     dataset.name = ""
@@ -87,4 +94,10 @@ def get_config(category: str = "all") -> ConfigDict:
     evaluation.batch_size = 8
     # Heatmap pictures of each type of test image; -1 for all.
     evaluation.pictures_per_type = 8
+    # Whether to measure pixels at the images' own resolution, too: AUROC and AUPRO;
+    # for mvtec_loco and synthetic AU-sPRO, the data set's own metric.
+    evaluation.original_resolution = False
+    # Whether to write each test image's map to maps/<category>/test/<type>/<id>.tiff
+    # in the run's folder: float32 at the image's own resolution, 4 bytes a pixel.
+    evaluation.write_maps = False
     return config

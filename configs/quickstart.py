@@ -15,4 +15,5 @@ def get_config(category: str = "assembly") -> ConfigDict:
     config.model.local_width = 384
     config.train.num_epochs = 20
     config.evaluation.batch_size = 16
+    config.evaluation.original_resolution = True
     return config

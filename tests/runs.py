@@ -82,7 +82,7 @@ def read_checkpoint(workdir: Path, category: str = "bottle", step: int = -1) -> 
     }
     texts = {
         item: json.loads((folder / item / "metadata").read_text())
-        for item in ("progress", "calibration")
+        for item in ("progress", "calibration", "decisions")
         if (folder / item).exists()
     }
     return jax.device_get(arrays) | texts

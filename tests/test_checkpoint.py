@@ -34,6 +34,7 @@ def save(store, step, loss=None, **metrics):
         optimizer=make_optimizer(step),
         progress={"sums": {"total": step / 3}},
         calibration={"local_offset": step / 10} if metrics else None,
+        decisions={"image": step / 5} if metrics else None,
         metrics=metrics or None,
     )
     store.wait()
@@ -55,9 +56,10 @@ def test_round_trip(tmp_path):
         assert_same_arrays(model, make_model(7))
         assert_same_arrays(optimizer, make_optimizer(7))
         assert progress == store.restore_progress(7) == {"sums": {"total": 7 / 3}}
-        model, calibration = store.restore_model(7, model=make_model())
+        model, calibration, decisions = store.restore_model(7, model=make_model())
         assert_same_arrays(model, make_model(7))
         assert calibration == {"local_offset": 0.7}
+        assert decisions == {"image": 1.4}
 
 
 def test_last_and_best_are_kept(tmp_path):
@@ -116,12 +118,13 @@ def test_what_is_saved_is_what_was_given(tmp_path):
             optimizer=make_optimizer(),
             progress={},
             calibration={},
+            decisions={},
             metrics={"validation_loss": 1.0},
         )
         for _ in range(5):
             model = step(model)
     with open_store(tmp_path) as store:
-        saved, _ = store.restore_model(1, model=model)
+        saved, *_ = store.restore_model(1, model=model)
         np.testing.assert_array_equal(saved["w"], 0)
 
 

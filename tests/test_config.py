@@ -21,6 +21,8 @@ WRONG = {
     "image_size": ((256,), (64, 65), (32, 64), (64.0, 64), 64),
     "selection": ("best", ""),
     "calibration": ("quantiles",),
+    "threshold.image_fpr": (0.0, 1.0, "few"),
+    "threshold.pixel_fpr": (0, 1, float("nan")),
     "dataset.name": ("", "mvtec"),
     "dataset.validation_fraction": (1.0, -0.1),
     "trunk.architecture": ("resnet152",),
@@ -38,6 +40,8 @@ WRONG = {
     "train.dtype": ("float16",),
     "evaluation.batch_size": (0,),
     "evaluation.pictures_per_type": (-2,),
+    "evaluation.original_resolution": (1, "yes"),
+    "evaluation.write_maps": (0, None),
 }
 
 
@@ -132,6 +136,7 @@ def test_no_file(tmp_path):
         {"train.num_epochs": 999},
         {"train.checkpoint_every": 3},
         {"evaluation.batch_size": 1, "evaluation.pictures_per_type": -1},
+        {"evaluation.original_resolution": True, "evaluation.write_maps": True},
         {"dataset.root": "elsewhere", "dataset.cache_dir": "elsewhere"},
     ],
     ids=str,

@@ -21,7 +21,15 @@ def predict(image):
     """A map that is the image's first channel, and scores that follow from it."""
     anomaly_map = jnp.float32(image[..., 0])
     score = anomaly_map.max((1, 2))
-    return evaluation.Prediction(anomaly_map, score, score + 1, score + 2)
+    return evaluation.Prediction(
+        anomaly_map=anomaly_map,
+        score=score,
+        local_score=score + 1,
+        global_score=score + 2,
+        normalized_score=score / 2,
+        is_anomalous=score > 3,
+        mask_area=(anomaly_map > 2).sum((1, 2)),
+    )
 
 
 def make_batches(count, size):
@@ -59,6 +67,9 @@ def test_every_image_is_predicted_once(size):
     np.testing.assert_array_equal(prediction.score, [1, 2, 3, 4, 5])
     np.testing.assert_array_equal(prediction.local_score, [2, 3, 4, 5, 6])
     np.testing.assert_array_equal(prediction.global_score, [3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(prediction.normalized_score, [0.5, 1, 1.5, 2, 2.5])
+    np.testing.assert_array_equal(prediction.is_anomalous, [0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(prediction.mask_area, [0, 0, 24, 24, 24])
     np.testing.assert_array_equal(prediction.anomaly_map[:, 3, 5], [1, 2, 3, 4, 5])
     np.testing.assert_array_equal(truth.images[:, 0, 0, 2], [1, 2, 3, 4, 5])
     np.testing.assert_array_equal(truth.labels, [0, 1, 0, 1, 0])

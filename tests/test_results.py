@@ -79,6 +79,15 @@ def test_table():
     assert len({len(line) for line in lines[:4]}) == 1
 
 
+def test_table_of_au_spro_is_its_headline_alone():
+    row = {"image_auroc": 0.5, "au_spro_0.01": 0.125, "au_spro_0.05": 0.25}
+    row |= {"au_spro_0.01/a": 0.0, "au_spro_0.05/a": 0.75, "au_spro_0.05/b": NAN}
+    lines = results.table({"pushpins": row}, ABOUT).splitlines()
+    assert lines[0].endswith("image AUROC  AU-sPRO 0.05")
+    assert lines[1].split() == ["pushpins", "50.00", "25.00"]
+    assert lines[2:] == ["pushpins, AU-sPRO 0.05 by type: a 75.00, b -"]
+
+
 def test_table_of_one_category_has_no_mean():
     assert "mean" not in results.table({"bottle": ROWS["bottle"]}, ABOUT)
 
@@ -120,13 +129,24 @@ def test_scores(tmp_path):
     records = [Record(Path("/d/good/0.png"), "test")]
     records += [Record(Path("/d/cut/a,b.png"), "test", "cut")]
     maps = np.zeros((2, 4, 4), np.float32)
-    scores = [np.float32([0.1, 0.7]), np.float32([1, 2]), np.float32([3, 4])]
-    results.write_scores(tmp_path / "scores.csv", records, Prediction(maps, *scores))
+    prediction = Prediction(
+        anomaly_map=maps,
+        score=np.float32([0.1, 0.7]),
+        local_score=np.float32([1, 2]),
+        global_score=np.float32([3, 4]),
+        normalized_score=np.float32([0.25, 5]),
+        is_anomalous=np.array([False, True]),
+        mask_area=np.int32([0, 4]),
+    )
+    results.write_scores(tmp_path / "scores.csv", records, prediction)
     first, second = read_csv(tmp_path / "scores.csv")
     assert first["image"] == "/d/good/0.png"
     assert (second["name"], second["type"], second["label"]) == ("cut/a,b", "cut", "1")
     assert np.float32(first["score"]) == np.float32(0.1)  # every digit
     assert (second["local_score"], second["global_score"]) == ("2.0", "4.0")
+    assert (first["is_anomalous"], second["is_anomalous"]) == ("False", "True")
+    assert (second["normalized_score"], second["mask_area"]) == ("5.0", "4")
+    assert (first["mask_share"], second["mask_share"]) == ("0.0", "0.25")
 
 
 def draw_picture(anomaly_map, *, mask=None, low=0.0, high=1.0):

@@ -9,11 +9,12 @@ import optax
 import pytest
 
 from tests import runs
-from ulsad_jax import features, scoring, trainer, training
+from ulsad_jax import decisions, features, scoring, trainer, training
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
 
 BATCH, SIZE, CHANNELS = 4, 64, 384
+RATES = {"image_fpr": 0.25, "pixel_fpr": 0.01}
 
 
 def make_kept(count, seed=0):
@@ -145,7 +146,7 @@ def test_validation_averages_over_the_images(parts, count):
     maps = scoring.raw_maps(outputs, (SIZE, SIZE))
     expected = scoring.calibrate(*map(np.asarray, maps), method="quantile")
     validate = trainer.make_validate(
-        model, loss_fn, kept, batch_size=3, method="quantile"
+        model, loss_fn, kept, batch_size=3, method="quantile", **RATES
     )
     found = validate(variables)
     assert found.losses == pytest.approx(
@@ -153,12 +154,20 @@ def test_validation_averages_over_the_images(parts, count):
     )
     for name, value in vars(expected).items():
         assert getattr(found.calibration, name) == pytest.approx(value, rel=1e-3), name
+    new = scoring.fuse_as_new(*map(np.asarray, maps), method="quantile")
+    chosen = decisions.choose(new, **RATES)
+    scores = chosen.basis.validation_scores
+    assert len(scores) == count
+    assert found.decisions.basis.validation_scores == pytest.approx(scores, rel=1e-3)
+    for name, value in vars(chosen.thresholds).items():
+        threshold = getattr(found.decisions.thresholds, name)
+        assert threshold == pytest.approx(value, rel=1e-3), name
 
 
 def test_validation_without_calibration(parts):
     model, loss_fn, _ = parts
     validate = trainer.make_validate(
-        model, loss_fn, make_kept(2), batch_size=3, method="none"
+        model, loss_fn, make_kept(2), batch_size=3, method="none", **RATES
     )
     calibration = validate(init(parts).variables).calibration
     assert (calibration.local_offset, calibration.local_scale) == (0, 1)

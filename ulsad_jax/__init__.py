@@ -1,3 +1,18 @@
 """ULSAD in JAX: logical and structural anomaly detection in product images."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ulsad_jax.detector import Detector as Detector
+    from ulsad_jax.detector import Result as Result
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Imports `Detector` and `Result` when they are asked for: JAX takes seconds."""
+    if name in ("Detector", "Result"):
+        from ulsad_jax import detector
+
+        return getattr(detector, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

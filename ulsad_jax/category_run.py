@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -20,19 +19,21 @@ from ulsad_jax import (
     evaluation,
     features,
     files,
+    full_resolution,
     pretrained,
     results,
     scoring,
+    trained,
     trainer,
     training,
 )
-from ulsad_jax.checkpoint import CheckpointStore
 from ulsad_jax.data.pipeline import Category, Examples
 from ulsad_jax.data.records import listing
+from ulsad_jax.decisions import Thresholds
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
 from ulsad_jax.metrics import image as image_metrics
-from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
+from ulsad_jax.models.pyramid import FeaturePyramid
 from ulsad_jax.progress import progress
 from ulsad_jax.report import figures
 from ulsad_jax.writer import Writer
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
     from ml_collections import ConfigDict
 
-RESULTS, CHECKPOINTS = "results.json", "checkpoints"
+RESULTS, MAPS = "results.json", "maps"
 LOCO_LAYOUTS = ("mvtec_loco", "synthetic")  # their headline is the mean of two types
 
 
@@ -80,12 +81,15 @@ class CategoryRun:
         steps = config.train.num_epochs * training.steps_per_epoch(
             len(data.train), config.train.batch_size
         )
-        with Writer(self._folder, self._name) as writer, self._store() as store:
+        with (
+            Writer(self._folder, self._name) as writer,
+            trained.open_store(config, self._folder) as store,
+        ):
             latest = store.latest()
             if latest is not None:
-                self._check_trunk(store, latest)
+                trained.check_trunk(store, latest, self._trunk, self._folder)
                 if latest >= steps:
-                    return self._select(store)
+                    return trained.select(config, store)
             writer.say(
                 f"{len(data.train)} training, {len(data.validation)} validation, "
                 f"{len(data.test)} test images"
@@ -98,6 +102,7 @@ class CategoryRun:
                 validation,
                 batch_size=config.evaluation.batch_size,
                 method=config.calibration,
+                **config.threshold,
             )
             trainer.Trainer(
                 config,
@@ -112,22 +117,42 @@ class CategoryRun:
                 trunk=self._trunk.identity,
                 score_test=self._make_score_test(statistics),
             ).run()
-            return self._select(store)
+            return trained.select(config, store)
 
-    def evaluate(self, step: int | None = None) -> None:
-        """Scores every test image with a checkpoint; writes results and pictures."""
-        with self._store(read_only=True) as store:
-            step = self._select(store) if step is None else step
-            weights = self._restore(store, step)
+    def evaluate(
+        self,
+        step: int | None = None,
+        *,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+    ) -> None:
+        """Scores every test image with a checkpoint; writes results and pictures.
+
+        Args:
+            step: of the checkpoint; by default the one that the config asks for.
+            image_threshold: instead of the run's.
+            pixel_threshold: instead of the run's.
+        """
+        given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
+        step, weights, decisions = trained.load(
+            self._config, self._folder, self._trunk, step=step, **given
+        )
         prediction, truth = self._predict_test(weights)
+        test = self._data.test
+        images = [record.image for record in test.records]
+        evaluation.check_finite(prediction.anomaly_map, images)
         with warnings.catch_warnings(record=True) as undefined:
             warnings.simplefilter("always", UserWarning)
-            metrics = self._measure(prediction, truth)
-        records = self._data.test.records
-        results.write_scores(self._folder / "scores.csv", records, prediction)
+            metrics = self._measure(prediction, truth, decisions.thresholds)
+        results.write_scores(self._folder / "scores.csv", test.records, prediction)
         pictures = self._write_pictures(prediction, truth, weights.calibration)
+        if self._config.evaluation.write_maps:
+            shutil.rmtree(self._maps, ignore_errors=True)
+            full_resolution.write_maps(
+                test, prediction.anomaly_map, self._maps, title=f"[{self._name}] maps"
+            )
         with Writer(self._folder, self._name) as writer:
-            if not records:
+            if not images:
                 writer.say("no test images: nothing to measure")
             for text in dict.fromkeys(str(warning.message) for warning in undefined):
                 writer.say(text)
@@ -136,11 +161,17 @@ class CategoryRun:
                 {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)},
             )
             writer.pictures(step, pictures)
-        document = self._origin(step) | {"metrics": results.finite(metrics)}
+        document = self._origin(step, **given) | {
+            "decisions": decisions.to_json(),
+            "metrics": results.finite(metrics),
+        }
         files.replace(self._folder / RESULTS, json.dumps(document, indent=2) + "\n")
 
     def _measure(
-        self, prediction: evaluation.Prediction, truth: evaluation.Truth
+        self,
+        prediction: evaluation.Prediction,
+        truth: evaluation.Truth,
+        thresholds: Thresholds,
     ) -> dict[str, float]:
         metrics = {
             "test_images": len(truth.labels),
@@ -149,18 +180,26 @@ class CategoryRun:
         if not len(truth.labels):
             return metrics
         loco = self._config.dataset.name in LOCO_LAYOUTS
-        return (
-            metrics
-            | evaluation.image_level(
-                truth.labels, truth.types, prediction.score, loco=loco
-            )
-            | evaluation.pixel_level(
-                truth.masks, truth.has_mask, prediction.anomaly_map
-            )
+        metrics |= evaluation.image_level(
+            truth.labels, truth.types, prediction.score, loco=loco
         )
+        metrics |= evaluation.pixel_level(
+            truth.masks, truth.has_mask, prediction.anomaly_map
+        )
+        metrics |= evaluation.decision_level(prediction, truth, thresholds)
+        if self._config.evaluation.original_resolution:
+            metrics |= full_resolution.measure(
+                self._data.test,
+                prediction.anomaly_map,
+                loco=loco,
+                title=f"[{self._name}] original resolution",
+            )
+        return metrics
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the folder's results are those of this step, on these images."""
+        if self._config.evaluation.write_maps and not self._maps.exists():
+            return False
         path = self._folder / RESULTS
         try:
             document = json.loads(path.read_text())
@@ -168,25 +207,27 @@ class CategoryRun:
             return False
         return self._origin(step).items() <= document.items()
 
-    def _origin(self, step: int) -> dict[str, Any]:
-        """What results rest on."""
+    def _origin(
+        self,
+        step: int,
+        *,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+    ) -> dict[str, Any]:
+        """What results rest on; thresholds are None unless given by hand."""
         return {
+            "image_threshold": image_threshold,
+            "pixel_threshold": pixel_threshold,
             "step": step,
             "selection": self._config.selection,
             "data": self._data.fingerprint,
+            "original_resolution": self._config.evaluation.original_resolution,
         }
 
-    def _store(self, *, read_only: bool = False) -> CheckpointStore:
-        on_test = self._config.selection == config_lib.BEST_TEST_AUROC
-        return CheckpointStore(
-            self._folder / CHECKPOINTS,
-            metric="test_image_auroc" if on_test else "validation_loss",
-            largest=on_test,
-            read_only=read_only,
-        )
-
-    def _select(self, store: CheckpointStore) -> int:
-        return store.select(best=self._config.selection != "last")
+    @property
+    def _maps(self) -> Path:
+        """Of all categories in one folder, as MVTec's evaluation scripts expect."""
+        return self._folder.parent / MAPS / self._folder.name
 
     def _extract(
         self,
@@ -228,7 +269,7 @@ class CategoryRun:
 
         def score_test(variables, calibration) -> float:
             weights = evaluation.Weights(
-                self._trunk.variables, statistics, variables, calibration
+                self._trunk.variables, statistics, variables, calibration, Thresholds()
             )
             prediction, truth = self._predict_test(weights)
             return image_metrics.auroc(truth.labels, prediction.score)
@@ -251,42 +292,6 @@ class CategoryRun:
             split.batches(size),
             f"[{self._name}] {title}",
             total=-(-len(split) // size),
-        )
-
-    def _check_trunk(self, store: CheckpointStore, step: int) -> None:
-        expected = pretrained.TrunkIdentity(**store.restore_progress(step)["trunk"])
-        pretrained.check_same(expected, self._trunk.identity, self._folder)
-
-    def _restore(self, store: CheckpointStore, step: int) -> evaluation.Weights:
-        """The weights of a checkpoint, if it was trained with this trunk."""
-        self._check_trunk(store, step)
-        model, calibration = store.restore_model(step, model=self._abstract_model())
-        return evaluation.Weights(
-            trunk=self._trunk.variables,
-            statistics=features.ChannelStatistics(**model["channels"]),
-            variables=model["variables"],
-            calibration=scoring.Calibration(**calibration),
-        )
-
-    def _abstract_model(self) -> Any:
-        """Shapes of the checkpoint item that evaluation reads."""
-        height, width = self._config.image_size
-        channels = (FEATURE_CHANNELS,)
-        variables = jax.eval_shape(
-            lambda: self._model.init(
-                jax.random.key(0),
-                jnp.zeros((2, height // 8, width // 8, *channels)),
-                jnp.zeros((2, height, width, 3)),
-                train=False,
-            )
-        )
-        statistics = features.ChannelStatistics(
-            *(jax.ShapeDtypeStruct(channels, jnp.float32),) * 2
-        )
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            training.model_tree(variables, statistics),
         )
 
     def _write_pictures(

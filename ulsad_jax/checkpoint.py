@@ -20,8 +20,9 @@ class CheckpointStore:
     """The last and the best checkpoint of a category.
 
     Saving is asynchronous and atomic: a checkpoint is there whole or not at all. A
-    checkpoint holds four items: `model` (what evaluation needs), `optimizer`,
-    `progress` and, unless training was interrupted within an epoch, `calibration`.
+    checkpoint holds five items: `model` (what evaluation needs), `optimizer`,
+    `progress` and, unless training was interrupted within an epoch, `calibration` and
+    `decisions`.
     The metrics of a checkpoint decide which one is best.
     """
 
@@ -77,6 +78,7 @@ class CheckpointStore:
         optimizer: Any,
         progress: Mapping[str, Any],
         calibration: Mapping[str, float] | None = None,
+        decisions: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts to save; training may go on meanwhile.
@@ -87,6 +89,7 @@ class CheckpointStore:
             optimizer: a tree of arrays.
             progress: JSON.
             calibration: JSON; None within an epoch.
+            decisions: JSON; None within an epoch.
             metrics: for choosing the best; None within an epoch.
 
         Raises:
@@ -101,8 +104,9 @@ class CheckpointStore:
             "optimizer": ocp.args.StandardSave({"state": optimizer}),
             "progress": ocp.args.JsonSave(dict(progress)),
         }
-        if calibration is not None:
-            items["calibration"] = ocp.args.JsonSave(dict(calibration))
+        for name, value in (("calibration", calibration), ("decisions", decisions)):
+            if value is not None:
+                items[name] = ocp.args.JsonSave(dict(value))
         if step in self._manager.all_steps():
             return
         with storage_errors(self._folder):
@@ -152,14 +156,27 @@ class CheckpointStore:
         """What `save` was given as `progress`."""
         return self._restore(step, progress=ocp.args.JsonRestore())["progress"]
 
-    def restore_model(self, step: int, *, model: Any) -> tuple[Any, dict[str, float]]:
-        """Returns (model as a tree like the given one, calibration)."""
+    def restore_model(
+        self, step: int, *, model: Any
+    ) -> tuple[Any, dict[str, float], dict[str, Any]]:
+        """Returns (model as a tree like the given one, calibration, decisions).
+
+        Raises:
+            UserError: other networks, or a checkpoint without decisions.
+        """
+        if not (self._folder / str(step) / "decisions").is_dir():
+            raise UserError(
+                f"Expected checkpoint {step} in {self._folder} to hold thresholds, "
+                "found none: another version of ulsad_jax wrote it, or files were "
+                "lost. Restore them, use that version, or train anew in another folder."
+            )
         restored = self._restore(
             step,
             model=ocp.args.StandardRestore(model),
             calibration=ocp.args.JsonRestore(),
+            decisions=ocp.args.JsonRestore(),
         )
-        return restored["model"], restored["calibration"]
+        return restored["model"], restored["calibration"], restored["decisions"]
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong."""

@@ -46,7 +46,9 @@ def _is_number(v: Any) -> bool:
 _POSITIVE = _Rule(lambda v: _is_number(v) and v > 0, "a number above 0")
 _NOT_NEGATIVE = _Rule(lambda v: _is_number(v) and v >= 0, "a number from 0 up")
 _BELOW_ONE = _Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+_SHARE = _Rule(lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
 _NOT_EMPTY = _Rule(lambda v: isinstance(v, str) and v != "", "some text")
+_BOOLEAN = _Rule(lambda v: isinstance(v, bool), "True or False")
 # JAX would take the remainder of a larger one, without a word.
 _SEED = _Rule(
     lambda v: isinstance(v, int) and 0 <= v < 2**32, "an integer from 0 to 4294967295"
@@ -65,6 +67,8 @@ _RULES = {
     "image_size": _IMAGE_SIZE,
     "selection": _one_of(*SELECTIONS),
     "calibration": _one_of("quantile", "none"),
+    "threshold.image_fpr": _SHARE,
+    "threshold.pixel_fpr": _SHARE,
     "dataset.name": _one_of(*LAYOUTS),
     "dataset.cache_dir": _NOT_EMPTY,
     "dataset.category": _NOT_EMPTY,
@@ -88,6 +92,8 @@ _RULES = {
     "train.dtype": _one_of("float32", "bfloat16"),
     "evaluation.batch_size": _at_least(1),
     "evaluation.pictures_per_type": _at_least(-1),
+    "evaluation.original_resolution": _BOOLEAN,
+    "evaluation.write_maps": _BOOLEAN,
 }
 
 
@@ -139,6 +145,7 @@ def load(path: Path) -> ConfigDict:
     try:
         fields = json.loads(path.read_text())
         config = ConfigDict(fields | {"image_size": tuple(fields["image_size"])})
+        _check_version(config, path)
         validate(config)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
@@ -151,6 +158,17 @@ def load(path: Path) -> ConfigDict:
             "Restore the file, or train anew in another folder."
         ) from error
     return config
+
+
+def _check_version(config: ConfigDict, path: Path) -> None:
+    """Refuses a run's config that lacks fields, which is another version's."""
+    missing = [name for name in _RULES if name not in dict(_flatten(config))]
+    if missing:
+        raise UserError(
+            f"Expected {path} to be of this version of ulsad_jax, found no "
+            f"config.{', config.'.join(missing)}: another version wrote it. Train anew "
+            "in another folder, or use the version that wrote it."
+        )
 
 
 def check_resumable(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:

@@ -55,11 +55,16 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def reported(
+    *, stopped: str = "Stopped. Run the same command again to go on."
+) -> Iterator[None]:
     """Turns foreseeable errors into one message and an exit status.
 
     1 for an error, 128 + the signal's number when interrupted; anything unforeseen
     keeps its traceback.
+
+    Args:
+        stopped: what to say after Ctrl-C.
     """
     try:
         yield
@@ -69,7 +74,7 @@ def reported() -> Iterator[None]:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + interrupted.signum)
     except KeyboardInterrupt:
-        print("Stopped. Run the same command again to go on.", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # At once: XLA's threads may still compute, and crash a program that tidies up.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.struct
 import jax
 import numpy as np
 
-from ulsad_jax import scoring
+from ulsad_jax import decisions, scoring
+from ulsad_jax.errors import UserError
 from ulsad_jax.features import ChannelStatistics
 from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.metrics import pixel as pixel_metrics
@@ -29,12 +31,14 @@ class Weights:
         statistics: of the feature channels.
         variables: of both networks.
         calibration: of the maps.
+        thresholds: of scores and calibrated maps.
     """
 
     trunk: Mapping[str, Any]
     statistics: ChannelStatistics
     variables: Mapping[str, Any]
     calibration: scoring.Calibration
+    thresholds: decisions.Thresholds
 
 
 @flax.struct.dataclass
@@ -46,12 +50,18 @@ class Prediction:
         score: [b], the maximum of the map.
         local_score: [b], the maximum of the calibrated local map alone.
         global_score: [b], the maximum of the calibrated global map alone.
+        normalized_score: [b], see `decisions.normalize`.
+        is_anomalous: [b] bool, whether the score is above the image threshold.
+        mask_area: [b] int32, pixels of the map above the pixel threshold.
     """
 
     anomaly_map: jax.Array
     score: jax.Array
     local_score: jax.Array
     global_score: jax.Array
+    normalized_score: jax.Array
+    is_anomalous: jax.Array
+    mask_area: jax.Array
 
 
 class Truth(NamedTuple):
@@ -75,7 +85,7 @@ class Truth(NamedTuple):
 def make_predict_step(
     pyramid: FeaturePyramid, model: Ulsad
 ) -> Callable[[Weights, UInt8[Array, "b h w 3"]], Prediction]:
-    """Jits `predict(weights, image)`, from uint8 images to maps and scores."""
+    """Jits `predict(weights, image)`, from uint8 images to maps and decisions."""
 
     @jax.jit
     def predict(weights: Weights, image: UInt8[Array, "b h w 3"]) -> Prediction:
@@ -85,11 +95,15 @@ def make_predict_step(
         maps = scoring.raw_maps(outputs, image.shape[1:3])
         calibrated = scoring.calibrate_maps(maps, weights.calibration)
         fused = scoring.fuse(maps, weights.calibration)
+        score = scoring.image_score(fused)
         return Prediction(
             anomaly_map=fused,
-            score=scoring.image_score(fused),
+            score=score,
             local_score=scoring.image_score(calibrated.local),
             global_score=scoring.image_score(calibrated.global_),
+            normalized_score=decisions.normalize(score, weights.thresholds),
+            is_anomalous=score > weights.thresholds.image,
+            mask_area=(fused > weights.thresholds.pixel).sum((1, 2), dtype=np.int32),
         )
 
     return predict
@@ -115,8 +129,10 @@ def predict_split(
         anomaly_map=np.zeros((n, *image_size), np.float32),
         **{
             name: np.zeros(n, np.float32)
-            for name in ("score", "local_score", "global_score")
+            for name in ("score", "local_score", "global_score", "normalized_score")
         },
+        is_anomalous=np.zeros(n, bool),
+        mask_area=np.zeros(n, np.int32),
     )
     truth = Truth(
         labels=np.zeros(n, np.int32),
@@ -137,6 +153,24 @@ def predict_split(
         truth.has_mask[rows] = batch["has_mask"][valid]
         truth.images[rows] = batch["image"][valid]
     return prediction, truth
+
+
+def check_finite(maps: Float[np.ndarray, "n h w"], images: Sequence[Path]) -> None:
+    """Refuses maps that nothing can be measured on.
+
+    Raises:
+        UserError: names the first image whose map has a value that is not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(maps).all((1, 2)))
+    if bad.size:
+        row, column = np.argwhere(~np.isfinite(maps[bad[0]]))[0]
+        raise UserError(
+            f"Expected finite anomaly maps, found NaN or infinite values in "
+            f"{bad.size} of {len(maps)}, the first at row {row}, column {column} of "
+            f"the map of {images[bad[0]]}. The networks diverged, or the trunk does "
+            "not fit: train again, with a lower config.optimizer.learning_rate or "
+            "config.train.dtype float32."
+        )
 
 
 def image_level(
@@ -179,6 +213,26 @@ def pixel_level(
         for name, value in metrics.items()
     }
     return named | {"pixel_images_left_out": int((~has_mask).sum())}
+
+
+def decision_level(
+    prediction: Prediction, truth: Truth, thresholds: decisions.Thresholds
+) -> dict[str, float]:
+    """What the thresholds do on a split: rates of true and of false positives.
+
+    Pixels are counted at model resolution over the images whose mask is known.
+    """
+    image_tpr, image_fpr = decisions.rates(truth.labels, prediction.is_anomalous)
+    known = truth.has_mask
+    pixel_tpr, pixel_fpr = decisions.rates(
+        truth.masks[known], prediction.anomaly_map[known] > thresholds.pixel
+    )
+    return {
+        "image_tpr": image_tpr,
+        "image_fpr": image_fpr,
+        "pixel_tpr": pixel_tpr,
+        "pixel_fpr": pixel_fpr,
+    }
 
 
 def _put(target: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:

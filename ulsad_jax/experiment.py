@@ -13,14 +13,13 @@ from ml_collections import ConfigDict
 
 from ulsad_jax import config as config_lib
 from ulsad_jax import pretrained, results
-from ulsad_jax.category_run import CHECKPOINTS, RESULTS, CategoryRun
+from ulsad_jax.category_run import MAPS, RESULTS, CategoryRun
 from ulsad_jax.data import synthetic
 from ulsad_jax.data.layouts import select_categories
 from ulsad_jax.data.pipeline import Category, open_category
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
-
-CONFIG, TRUNK = "config.json", "trunk.safetensors"
+from ulsad_jax.trained import CHECKPOINTS, CONFIG, TRUNK
 
 
 def train(config: ConfigDict, workdir: Path) -> str:
@@ -54,13 +53,24 @@ def train(config: ConfigDict, workdir: Path) -> str:
     return _collect(config, workdir, categories, trunk)
 
 
-def evaluate(workdir: Path, *, root: str = "", selection: str = "") -> str:
+def evaluate(
+    workdir: Path,
+    *,
+    root: str = "",
+    selection: str = "",
+    image_threshold: float | None = None,
+    pixel_threshold: float | None = None,
+    write_maps: bool = False,
+) -> str:
     """Evaluates the checkpoints of a run again.
 
     Args:
         workdir: that `train` wrote.
         root: of the data, if it moved.
         selection: another `config.selection` than the run's.
+        image_threshold: instead of the run's, in every category.
+        pixel_threshold: instead of the run's, in every category.
+        write_maps: also writes maps, if the run's config does not say so.
 
     Returns:
         The table of results and where to find the rest.
@@ -74,6 +84,7 @@ def evaluate(workdir: Path, *, root: str = "", selection: str = "") -> str:
     if selection:
         config.selection = selection
         config_lib.validate(config)
+    config.evaluation.write_maps |= write_maps
     _cache_compilations(config)
     categories = list_categories(config)
     trunk = pretrained.load_saved_trunk(workdir / TRUNK)
@@ -81,7 +92,8 @@ def evaluate(workdir: Path, *, root: str = "", selection: str = "") -> str:
     for category in categories:
         folder = workdir / results.file_name(category)
         data = open_data(config, category)
-        CategoryRun(config, category, data=data, folder=folder, trunk=trunk).evaluate()
+        run = CategoryRun(config, category, data=data, folder=folder, trunk=trunk)
+        run.evaluate(image_threshold=image_threshold, pixel_threshold=pixel_threshold)
     return _collect(config, workdir, categories, trunk)
 
 
@@ -187,15 +199,17 @@ def _collect(
     config: ConfigDict, workdir: Path, categories: list[str], trunk: pretrained.Trunk
 ) -> str:
     """Joins the categories' results; returns what to tell the person."""
-    rows = {}
+    rows, decisions = {}, {}
     for name in categories:
         path = workdir / results.file_name(name) / RESULTS
-        metrics = json.loads(path.read_text())["metrics"]
+        document = json.loads(path.read_text())
+        metrics, decisions[name] = document["metrics"], document["decisions"]
         rows[name] = {k: math.nan if v is None else v for k, v in metrics.items()}
     about = {
         "selection": config.selection,
         "selected_on_test": config.selection == config_lib.BEST_TEST_AUROC,
         "calibration": config.calibration,
+        "decisions": decisions,
         "trunk": dataclasses.asdict(trunk.identity),
         "image_size": list(config.image_size),
         "versions": {
@@ -211,4 +225,6 @@ def _collect(
         )
     lines.append(f"Results: {workdir / RESULTS}, {workdir / 'results.csv'}")
     lines.append(f"Pictures: {workdir}/<category>/pictures/<type>/*.png")
+    if config.evaluation.write_maps:
+        lines.append(f"Maps: {workdir / MAPS}/<category>/test/<type>/*.tiff")
     return "\n".join(lines)

@@ -28,7 +28,13 @@ TABLE = {
     "pixel_average_precision": "pixel AP",
     "pixel_f1_max": "pixel F1",
     "aupro": "AUPRO",
+    "au_spro_0.05": "AU-sPRO 0.05",
 }
+SCORES = (
+    *("score", "normalized_score", "is_anomalous", "local_score", "global_score"),
+    *("mask_area", "mask_share"),
+)  # of an image, in scores.csv
+BY_TYPE = {"image_auroc": "image AUROC", "au_spro_0.05": "AU-sPRO 0.05"}
 
 
 def mean_row(categories: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -72,12 +78,16 @@ def write(
 
 
 def write_scores(path: Path, records: Sequence[Record], prediction: Prediction) -> None:
-    """Writes one row an image: file, name, type, label and its three scores."""
-    columns = ("score", "local_score", "global_score")
-    rows: list[list[Any]] = [["image", "name", "type", "label", *columns]]
+    """Writes one row an image: what it is, its scores, decision and mask's area.
+
+    The area is in pixels at model resolution, and as a share of the image.
+    """
+    size = math.prod(prediction.anomaly_map.shape[1:])
+    rows: list[list[Any]] = [["image", "name", "type", "label", *SCORES]]
     for i, record in enumerate(records):
-        scores = [float(getattr(prediction, column)[i]) for column in columns]
-        rows.append([record.image, record.name, record.type, record.label, *scores])
+        scores = [getattr(prediction, name)[i].item() for name in SCORES[:-1]]
+        row = [record.image, record.name, record.type, record.label, *scores]
+        rows.append([*row, prediction.mask_area[i] / size])
     files.replace_csv(path, rows)
 
 
@@ -95,15 +105,22 @@ def table(
         cells = [_percent(row.get(k, math.nan)).rjust(len(TABLE[k])) for k in columns]
         lines.append("  ".join([name.ljust(width), *cells]))
     for name, row in categories.items():
-        types = {k.partition("/")[2]: v for k, v in row.items() if "/" in k}
-        if types:
-            listed = ", ".join(f"{k} {_percent(v)}" for k, v in types.items())
-            lines.append(f"{name}, image AUROC by type: {listed}")
+        for metric, title in BY_TYPE.items():
+            types = {
+                k.partition("/")[2]: v
+                for k, v in row.items()
+                if k.startswith(f"{metric}/")
+            }
+            if types:
+                listed = ", ".join(f"{k} {_percent(v)}" for k, v in types.items())
+                lines.append(f"{name}, {title} by type: {listed}")
         if left_out := row.get("pixel_images_left_out"):
             lines.append(
                 f"{name}, pixel metrics leave out {left_out} anomalous images "
                 "without a mask."
             )
+        if name in about.get("decisions", {}):
+            lines += _decision_lines(name, row, **about["decisions"][name])
     if about["selected_on_test"]:
         lines.append(
             "SELECTED ON THE TEST SET: the checkpoint is the best of these very images "
@@ -123,6 +140,38 @@ def file_name(name: str) -> str:
     if plain == name != "":
         return name
     return f"{plain or '_'}-{zlib.crc32(os.fsencode(name)):08x}"
+
+
+def _decision_lines(
+    name: str,
+    row: Mapping[str, float],
+    *,
+    thresholds: Mapping[str, float],
+    basis: Mapping[str, Any],
+) -> list[str]:
+    """The thresholds, what is promised of them, and what they do on the test set."""
+    count = len(basis["validation_scores"])
+    promised = {"image": "given by hand", "pixel": "given by hand"}
+    if (asked := basis["image_fpr"]) is not None:
+        expected = basis["image_fpr_expected"]
+        too_few = f", too few for {100 * asked:.3g} %"
+        promised["image"] = (
+            f"false positives {100 * expected:.3g} % on average, below "
+            f"{100 * basis['image_fpr_upper']:.3g} % with 95 % confidence, from "
+            f"{count} normals{too_few if expected > asked else ''}"
+        )
+    if (asked := basis["pixel_fpr"]) is not None:
+        error = basis["pixel_fpr_error"]
+        spread = "" if error is None else f" +- {100 * error:.2g}"
+        promised["pixel"] = f"false positives {100 * asked:.3g}{spread} %"
+    lines = []
+    for kind, text in promised.items():
+        line = f"{name}, {kind} threshold {thresholds[kind]:.4g} ({text})"
+        if f"{kind}_tpr" in row:
+            tpr, fpr = (_percent(row[f"{kind}_{rate}"]) for rate in ("tpr", "fpr"))
+            line += f": on the test set true positives {tpr}, false positives {fpr}"
+        lines.append(line)
+    return lines
 
 
 def _percent(value: float) -> str:

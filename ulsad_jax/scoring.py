@@ -141,6 +141,61 @@ def calibrate(
     )
 
 
+def fuse_as_new(
+    local: Float[np.ndarray, "n h w"],
+    global_: Float[np.ndarray, "n h w"],
+    *,
+    method: str,
+) -> Float[np.ndarray, "n h w"]:
+    """Fused maps of validation normals, each with the calibration of the others.
+
+    A calibration that has seen an image makes it look more normal than a new one would
+    look; thresholds chosen on such maps are too low. With a single image there are no
+    others, and its own calibration is used.
+
+    Args:
+        local: their raw local maps.
+        global_: their raw global maps.
+        method: as for `calibrate`.
+    """
+    if method == "none" or len(local) == 1:
+        calibration = calibrate(local, global_, method=method)
+        return np.asarray(fuse(Maps(local, global_), calibration))
+    fused = np.zeros_like(local)
+    for values in (local, global_):
+        low, high = quantiles_without(values, (LOW_QUANTILE, HIGH_QUANTILE)).T
+        scale = np.ones_like(low)
+        np.divide(0.1, high - low, out=scale, where=high > low)
+        fused += 0.5 * (values - low[:, None, None]) * scale[:, None, None]
+    return fused
+
+
+def quantiles_without(
+    values: Float[np.ndarray, "n h w"], quantiles: tuple[float, ...]
+) -> Float[np.ndarray, "n q"]:
+    """For each image the quantiles of all the others' values, n >= 2.
+
+    Linear interpolation, as `np.quantile`. What lies below the lowest quantile is never
+    sorted, and the rest once.
+    """
+    flat, n = values.reshape(-1), len(values)
+    size = flat.size // n
+    rest = flat.size - size
+    positions = np.array(quantiles) * (rest - 1)
+    lower = np.floor(positions).astype(int)
+    upper = np.minimum(lower + 1, rest - 1)
+    kept = min(flat.size, rest - lower.min() + size)
+    top = np.argpartition(flat, flat.size - kept)[flat.size - kept :]
+    top = top[np.argsort(flat[top])]
+    image, largest = top // size, flat[top]
+    found = np.empty((n, len(quantiles)), np.float32)
+    for i in range(n):
+        others = largest[image != i]  # ends where all of the others end
+        low, high = others[lower - rest], others[upper - rest]
+        found[i] = low + (positions - lower) * (high - low)
+    return found
+
+
 @functools.lru_cache
 def _enlarge_and_blur_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "n_out n_in"]:
     offsets = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ulsad_jax import scoring, training
+from ulsad_jax.decisions import Decisions, choose
 from ulsad_jax.errors import Interrupted, UserError
 from ulsad_jax.features import ChannelStatistics, Kept
 from ulsad_jax.models.ulsad import Ulsad
@@ -35,14 +36,23 @@ class Validation(NamedTuple):
     Attributes:
         losses: total and terms, averaged over the images.
         calibration: of the maps.
+        decisions: thresholds for calibrated maps.
     """
 
     losses: Losses
     calibration: scoring.Calibration
+    decisions: Decisions
 
 
 def make_validate(
-    model: Ulsad, loss_fn: Callable, kept: Kept, *, batch_size: int, method: str
+    model: Ulsad,
+    loss_fn: Callable,
+    kept: Kept,
+    *,
+    batch_size: int,
+    method: str,
+    image_fpr: float,
+    pixel_fpr: float,
 ) -> Callable[[Mapping[str, Any]], Validation]:
     """Returns `validate(variables)` over the validation normals.
 
@@ -52,6 +62,8 @@ def make_validate(
         kept: features and images of the validation normals.
         batch_size: images at once.
         method: of calibration, see `scoring.calibrate`.
+        image_fpr: see `decisions.choose`.
+        pixel_fpr: see `decisions.choose`.
     """
     size = kept.images.shape[1:3]
     count = len(kept.images)
@@ -79,7 +91,12 @@ def make_validate(
             local[rows[valid]] = np.asarray(maps.local)[valid]
             global_[rows[valid]] = np.asarray(maps.global_)[valid]
         losses = {name: value / count for name, value in sums.items()}
-        return Validation(losses, scoring.calibrate(local, global_, method=method))
+        maps = scoring.fuse_as_new(local, global_, method=method)
+        return Validation(
+            losses,
+            scoring.calibrate(local, global_, method=method),
+            choose(maps, image_fpr=image_fpr, pixel_fpr=pixel_fpr),
+        )
 
     return validate
 
@@ -244,11 +261,11 @@ class Trainer:
         # First: a resumed run drops reports that it makes again, but makes none up.
         self._writer.epoch(epoch + 1, config.num_epochs, step, record, seconds)
         if validation is not None:
-            self._save(validation.calibration, metrics)
+            self._save(validation, metrics)
 
     def _save(
         self,
-        calibration: scoring.Calibration | None = None,
+        validation: Validation | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         step = int(self._state.step)
@@ -264,7 +281,8 @@ class Trainer:
                 "listing": self._listing,
                 "trunk": self._trunk,
             },
-            calibration=calibration and dataclasses.asdict(calibration),
+            calibration=validation and dataclasses.asdict(validation.calibration),
+            decisions=validation and validation.decisions.to_json(),
             metrics=metrics,
         )
 

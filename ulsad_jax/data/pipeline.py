@@ -36,18 +36,30 @@ READING = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
 
 
 @dataclasses.dataclass(frozen=True)
-class Original:
+class GroundTruth:
+    """What is known of one example's pixels, at its original resolution.
+
+    Attributes:
+        masks: one a ground-truth channel; none where none is known or needed.
+        saturations: the rule that belongs to each channel.
+        known: whether the defective pixels are known; of a normal image it is known
+            that there are none.
+    """
+
+    masks: Bool[np.ndarray, "channels h w"]
+    saturations: tuple[Saturation, ...]
+    known: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Original(GroundTruth):
     """One example at its original resolution.
 
     Attributes:
         image: 8-bit RGB.
-        masks: one a ground-truth channel; none where none is known or needed.
-        saturations: the rule that belongs to each channel.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
-    masks: Bool[np.ndarray, "channels h w"]
-    saturations: tuple[Saturation, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,20 +125,12 @@ class Examples:
     def original(self, i: int) -> Original:
         """Example `i` as it is on disk, with its separate ground-truth channels."""
         example = self.source[self.positions[i]]
-        image = _decode(example["image"])
-        masks = example["masks"]
-        decoded = [_decode(mask) > 0 for mask in masks["mask"]]
-        saturations = zip(
-            masks["defect_name"],
-            masks["saturation_threshold"],
-            masks["relative_saturation"],
-            strict=True,
-        )
-        return Original(
-            image,
-            np.stack(decoded) if decoded else np.zeros((0, *image.shape[:2]), bool),
-            tuple(Saturation(n.decode(), float(t), bool(r)) for n, t, r in saturations),
-        )
+        truth = _read_ground_truth(example)
+        return Original(**vars(truth), image=_decode(example["image"]))
+
+    def ground_truth(self, i: int) -> GroundTruth:
+        """As `original`, without decoding the image."""
+        return _read_ground_truth(self.source[self.positions[i]])
 
     def _load(self, i: int) -> dict[str, Any]:
         example = self.source[self.positions[i]]
@@ -224,6 +228,26 @@ def _examples(
         split, decoders={"image": _Encoded(), "masks": {"mask": _Encoded()}}
     )
     return Examples(records, [position[r.name] for r in records], source, image_size)
+
+
+def _read_ground_truth(example: dict[str, Any]) -> GroundTruth:
+    masks = example["masks"]
+    with Image.open(io.BytesIO(example["image"])) as image:
+        width, height = image.size  # of the header
+    decoded = np.zeros((len(masks["mask"]), height, width), bool)
+    for mask, target in zip(masks["mask"], decoded, strict=True):
+        np.greater(_decode(mask), 0, out=target)
+    saturations = zip(
+        masks["defect_name"],
+        masks["saturation_threshold"],
+        masks["relative_saturation"],
+        strict=True,
+    )
+    return GroundTruth(
+        decoded,
+        tuple(Saturation(n.decode(), float(t), bool(r)) for n, t, r in saturations),
+        bool(example["has_mask"]),
+    )
 
 
 def _mix_seed(seed: int, category: str) -> int:

@@ -286,15 +286,22 @@ def _by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image file as 8-bit RGB.
+    """Reads an image file as 8-bit RGB, see `to_rgb`.
+
+    Raises:
+        UserError: the file is truncated, is no image, has more pixels than Pillow
+            takes (178 956 970, against files that are small and unpack to fill the
+            memory), or cannot be opened.
+    """
+    return to_rgb(_open(path))
+
+
+def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """Makes a decoded image 8-bit RGB.
 
     Grey is repeated, a palette is applied, transparency is dropped, 16-bit grey is
     divided by 257.
-
-    Raises:
-        UserError: the file is truncated, is no image, or cannot be opened.
     """
-    image = _open(path)
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         grey = np.clip(np.asarray(image, np.int64), 0, 65535)
         return np.repeat(np.round(grey / 257).astype(np.uint8)[..., None], 3, axis=-1)

@@ -44,6 +44,23 @@ def resize_bilinear(
     return np.rint(mixed).astype(np.uint8)
 
 
+def resize_map(
+    anomaly_map: Float[np.ndarray, "h w"], size: tuple[int, int]
+) -> Float[np.ndarray, "H W"]:
+    """Bilinear sampling without antialiasing of a map, in float32.
+
+    Args:
+        anomaly_map: the map.
+        size: (height, width) of the result in pixels.
+    """
+    if anomaly_map.shape == tuple(size):
+        return anomaly_map
+    first, second, weight = _neighbours(anomaly_map.shape[0], size[0])
+    rows = _mix(anomaly_map[first], anomaly_map[second], weight[:, None])
+    first, second, weight = _neighbours(anomaly_map.shape[1], size[1])
+    return _mix(np.take(rows, first, 1), np.take(rows, second, 1), weight)
+
+
 def resize_nearest(
     mask: Shaped[np.ndarray, "h w"], size: tuple[int, int]
 ) -> Shaped[np.ndarray, "H W"]:

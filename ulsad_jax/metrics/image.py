@@ -8,21 +8,19 @@ an `UndefinedMetricWarning`; never 0 or 1.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
+from ulsad_jax.metrics.curves import UndefinedMetricWarning as UndefinedMetricWarning
+from ulsad_jax.metrics.curves import check_finite, find_tie_ends, warn_undefined
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Num, Shaped
 
 LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"  # MVTec LOCO's names
-
-
-class UndefinedMetricWarning(UserWarning):
-    """A metric is NaN because the data does not define it."""
 
 
 def auroc(labels: Num[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float:
@@ -118,10 +116,9 @@ def loco_headline(aurocs: Mapping[str, float]) -> float:
     """
     missing = [name for name in (LOGICAL, STRUCTURAL) if name not in aurocs]
     if missing:
-        warnings.warn(
-            f"The mean of logical and structural AUROC is undefined and set to NaN: "
-            f"it needs {LOGICAL!r} and {STRUCTURAL!r}, found {sorted(aurocs)}.",
-            UndefinedMetricWarning,
+        warn_undefined(
+            "The mean of logical and structural AUROC",
+            f"{LOGICAL!r} and {STRUCTURAL!r}, found {sorted(aurocs)}",
             stacklevel=2,
         )
         return math.nan
@@ -139,31 +136,12 @@ def is_undefined(metric: str, positive: Bool[np.ndarray, "..."], *, unit: str) -
     count = int(np.count_nonzero(positive))
     if 0 < count < positive.size:
         return False
-    warnings.warn(
-        f"{metric} is undefined and set to NaN: it needs anomalous and normal "
-        f"{unit}s, found {count} and {positive.size - count}.",
-        UndefinedMetricWarning,
+    warn_undefined(
+        metric,
+        f"anomalous and normal {unit}s, found {count} and {positive.size - count}",
         stacklevel=3,
     )
     return True
-
-
-def check_finite(scores: Num[np.ndarray, "..."]) -> None:
-    """Raises a ValueError that counts the scores that are NaN or infinite."""
-    finite = np.isfinite(scores)
-    if finite.all():
-        return
-    first = tuple(int(i) for i in np.argwhere(~finite)[0])
-    raise ValueError(
-        f"Expected finite scores, found {np.count_nonzero(~finite)} of {scores.size} "
-        f"NaN or infinite, the first at index {first[0] if len(first) == 1 else first}."
-    )
-
-
-def find_tie_ends(descending: Num[np.ndarray, " n"]) -> Int[np.ndarray, " k"]:
-    """The index of the last of each run of equal scores; n >= 1."""
-    changes = np.flatnonzero(descending[1:] != descending[:-1])
-    return np.append(changes, descending.size - 1)
 
 
 def find_best_f1(

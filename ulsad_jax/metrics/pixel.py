@@ -12,14 +12,16 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
-from ulsad_jax.metrics.image import (
+from ulsad_jax.metrics.curves import (
+    Curve,
+    area_up_to,
     check_finite,
-    find_best_f1,
+    check_limit,
     find_tie_ends,
-    is_undefined,
 )
+from ulsad_jax.metrics.image import find_best_f1, is_undefined
+from ulsad_jax.metrics.regions import weigh_regions
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Num
@@ -98,7 +100,7 @@ def aupro(
     return _area_under_pro(_sweep(masks, maps), fpr_limit)
 
 
-class _Curve(NamedTuple):
+class _Sweep(NamedTuple):
     """What holds at each distinct threshold, the largest first.
 
     Attributes:
@@ -114,16 +116,16 @@ class _Curve(NamedTuple):
     pro: Float[np.ndarray, " k"]
 
 
-def _sweep(masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"]) -> _Curve:
+def _sweep(masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"]) -> _Sweep:
     """Lowers the threshold through all values; there is at least one region."""
     order = np.argsort(maps, axis=None)[::-1]  # reversed, as -maps wraps unsigned
     descending = maps.ravel()[order]
     ends = find_tie_ends(descending)
-    weights = _weigh_regions(masks).ravel()[order]
+    weights = _weigh_all(masks).ravel()[order]
     # The weights add up to the number of regions, so that dividing by the last sum
     # gives the mean, and an end of exactly 1.
     pro = np.cumsum(weights)[ends]
-    return _Curve(
+    return _Sweep(
         thresholds=descending[ends],
         true_positives=np.cumsum(weights > 0)[ends],
         predicted=ends + 1,
@@ -131,18 +133,15 @@ def _sweep(masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"]) -> 
     )
 
 
-def _weigh_regions(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:
+def _weigh_all(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:
     """1 / (size of its region) at a defective pixel, 0 at a normal one."""
     weights = np.zeros(masks.shape)
     for i in np.flatnonzero(masks.any(axis=(1, 2))):
-        regions, _ = ndimage.label(masks[i], structure=np.ones((3, 3)))
-        weight = 1 / np.maximum(np.bincount(regions.ravel()), 1)  # 0: normal pixels
-        weight[0] = 0
-        weights[i] = weight[regions]
+        weights[i][masks[i]] = weigh_regions(masks[i])
     return weights
 
 
-def _area(curve: _Curve) -> float:
+def _area(curve: _Sweep) -> float:
     """The area under the ROC curve; counts until the end, for exact sums."""
     false_positives = curve.predicted - curve.true_positives
     area = np.trapezoid(
@@ -151,25 +150,18 @@ def _area(curve: _Curve) -> float:
     return float(area / curve.true_positives[-1] / false_positives[-1])
 
 
-def _average_precision(curve: _Curve) -> float:
+def _average_precision(curve: _Sweep) -> float:
     """Σ (R_k - R_{k-1}) P_k."""
     precision = curve.true_positives / curve.predicted
     gained = np.diff(curve.true_positives, prepend=0)
     return float(gained @ precision / curve.true_positives[-1])
 
 
-def _area_under_pro(curve: _Curve, fpr_limit: float) -> float:
+def _area_under_pro(curve: _Sweep, fpr_limit: float) -> float:
     """The area under PRO over FPR up to the limit, divided by it."""
     false_positives = curve.predicted - curve.true_positives
     fpr = np.append(0, false_positives / false_positives[-1])
-    pro = np.append(0, curve.pro)
-    inside = np.searchsorted(fpr, fpr_limit, side="right")
-    around = slice(inside - 1, inside + 1)
-    end = np.interp(fpr_limit, fpr[around], pro[around])
-    area = np.trapezoid(
-        np.append(pro[:inside], end), np.append(fpr[:inside], fpr_limit)
-    )
-    return float(area / fpr_limit)
+    return area_up_to(Curve(fpr, np.append(0, curve.pro)), fpr_limit)
 
 
 def _check(
@@ -184,7 +176,6 @@ def _check(
         )
     if masks.dtype != bool:
         raise ValueError(f"Expected boolean masks, found {masks.dtype}.")
-    if not 0 < fpr_limit <= 1:
-        raise ValueError(f"Expected fpr_limit in (0, 1], found {fpr_limit}.")
+    check_limit(fpr_limit)
     check_finite(maps)
     return masks, maps

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 if TYPE_CHECKING:
@@ -22,7 +23,33 @@ def heatmap(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Colours a map: `low` and below coldest, `high` and above hottest."""
     scaled = np.clip((anomaly_map - low) / (high - low), 0, 1)
-    return (matplotlib.colormaps[COLORMAP](scaled)[..., :3] * 255).astype(np.uint8)
+    colors = (matplotlib.colormaps[COLORMAP](np.arange(256))[:, :3] * 255).astype(
+        np.uint8
+    )
+    return colors[np.minimum(scaled * 256, 255).astype(np.uint8)]
+
+
+def overlay(
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: Bool[np.ndarray, "h w"],
+    anomaly_map: Float[np.ndarray, "h w"],
+    *,
+    low: float,
+    high: float,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The heatmap over the image, and the predicted mask outlined.
+
+    Args:
+        image: of any size.
+        mask: the predicted one, of the image's size.
+        anomaly_map: of the image's size.
+        low: the value drawn coldest.
+        high: the value drawn hottest.
+    """
+    hot = Image.fromarray(heatmap(anomaly_map, low, high))
+    drawn = np.array(Image.blend(Image.fromarray(image), hot, OVERLAY))
+    drawn[ndimage.binary_dilation(mask, iterations=2) & ~mask] = CONTOUR
+    return drawn
 
 
 def picture(

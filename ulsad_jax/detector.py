@@ -1,0 +1,250 @@
+"""A trained run as a function from images to results."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ulsad_jax import config as config_lib
+from ulsad_jax import evaluation, pretrained, results, trained, training
+from ulsad_jax.data.records import read_image, to_rgb
+from ulsad_jax.data.resize import resize_bilinear, resize_map
+from ulsad_jax.decisions import Decisions
+from ulsad_jax.errors import UserError
+from ulsad_jax.models.pyramid import FeaturePyramid
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, UInt8
+    from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What the system says of one image.
+
+    Attributes:
+        score: the maximum of the map at model resolution, as in scores.csv.
+        normalized_score: see `decisions.normalize`.
+        is_anomalous: whether the score is above the image threshold.
+        local_score: of the local map alone (structural anomalies).
+        global_score: of the global map alone (logical anomalies).
+        mask_area: pixels of the mask.
+        mask_share: the same as a share of the image.
+        anomaly_map: float32 at the input's own resolution.
+        mask: pixels whose value is above the pixel threshold.
+    """
+
+    score: float
+    normalized_score: float
+    is_anomalous: bool
+    local_score: float
+    global_score: float
+    mask_area: int
+    mask_share: float
+    anomaly_map: Float[np.ndarray, "h w"]
+    mask: Bool[np.ndarray, "h w"]
+
+
+class Prepared(NamedTuple):
+    """An image as the networks take it.
+
+    Attributes:
+        pixels: at model resolution.
+        size: (height, width) of the input.
+    """
+
+    pixels: UInt8[np.ndarray, "H W 3"]
+    size: tuple[int, int]
+
+
+class Detector:
+    """Scores images with a category of a run; the run's folder is all it needs.
+
+    `detector(image)` gives a `Result`, and `detector([image, ...])` a list of them. An
+    image is a NumPy array (uint8 [h, w], [h, w, 1], [h, w, 3] or [h, w, 4], RGB in this
+    order, or uint16 [h, w]), a PIL image or a path. It is made RGB and resized as
+    training images are; orientation tags are not applied.
+    """
+
+    def __init__(
+        self, config: ConfigDict, weights: evaluation.Weights, decisions: Decisions
+    ):
+        """Takes what `load` has read."""
+        self.image_size: tuple[int, int] = tuple(config.image_size)
+        self.batch_size: int = config.evaluation.batch_size
+        self.decisions = decisions
+        self._weights = weights
+        self._predict = evaluation.make_predict_step(
+            FeaturePyramid(config.trunk.architecture, jnp.dtype(config.train.dtype)),
+            training.make_model(config),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        workdir: str | os.PathLike[str],
+        category: str = "",
+        *,
+        selection: str = "",
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+        batch_size: int | None = None,
+    ) -> Detector:
+        """Loads a category of a run.
+
+        Args:
+            workdir: that train.py wrote.
+            category: may be left out where the run has one.
+            selection: of the checkpoint, if not the config's.
+            image_threshold: instead of the run's.
+            pixel_threshold: instead of the run's.
+            batch_size: images at once, if not `config.evaluation.batch_size`. A batch
+                is always filled up, so 1 is fastest for single images.
+
+        Raises:
+            UserError: no run, no such category, another version's checkpoint.
+        """
+        workdir = Path(workdir).expanduser()
+        config = config_lib.load(workdir / trained.CONFIG)
+        config.selection = selection or config.selection
+        if batch_size is not None:
+            config.evaluation.batch_size = batch_size
+        config_lib.validate(config)
+        folder = find_category(workdir, category)
+        trunk = pretrained.load_saved_trunk(workdir / trained.TRUNK)
+        _, weights, decisions = trained.load(
+            config,
+            folder,
+            trunk,
+            image_threshold=image_threshold,
+            pixel_threshold=pixel_threshold,
+        )
+        return cls(config, weights, decisions)
+
+    def __call__(self, images: Any) -> Any:
+        """Returns the `Result` of an image, or a list of them for several.
+
+        Args:
+            images: an image, a sequence of images, or an array [n, h, w, c].
+
+        Raises:
+            UserError: a file that cannot be read.
+            ValueError: an array that is no image.
+        """
+        if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+            return [
+                result
+                for start in range(0, len(images), self.batch_size)
+                for result in self.predict(
+                    [self.prepare(i) for i in images[start : start + self.batch_size]]
+                )
+            ]
+        return next(self.predict([self.prepare(images)]))
+
+    @property
+    def display_range(self) -> tuple[float, float]:
+        """The map's values that are drawn coldest and hottest in pictures."""
+        calibration = self._weights.calibration
+        return calibration.display_low, calibration.display_high
+
+    def prepare(self, image: Any) -> Prepared:
+        """Decodes and resizes an image. Threads may do so side by side."""
+        pixels = as_rgb(image)
+        height, width = pixels.shape[:2]
+        return Prepared(resize_bilinear(pixels, self.image_size), (height, width))
+
+    def predict(self, batch: Sequence[Prepared]) -> Iterator[Result]:
+        """Scores at most `batch_size` images; makes large maps one at a time.
+
+        Raises:
+            UserError: a score that is not finite.
+        """
+        images = np.zeros((self.batch_size, *self.image_size, 3), np.uint8)
+        for row, prepared in enumerate(batch):
+            images[row] = prepared.pixels
+        prediction = jax.device_get(self._predict(self._weights, images))
+        if not np.isfinite(prediction.anomaly_map).all():
+            raise UserError(
+                "Expected finite anomaly maps, found NaN or infinity: the checkpoint's "
+                "weights are damaged. Restore its files, or train anew."
+            )
+        for row, prepared in enumerate(batch):
+            anomaly_map = resize_map(prediction.anomaly_map[row], prepared.size)
+            # As the device compares: in float32.
+            mask = anomaly_map > np.float32(self.decisions.thresholds.pixel)
+            area = int(np.count_nonzero(mask))
+            yield Result(
+                score=float(prediction.score[row]),
+                normalized_score=float(prediction.normalized_score[row]),
+                is_anomalous=bool(prediction.is_anomalous[row]),
+                local_score=float(prediction.local_score[row]),
+                global_score=float(prediction.global_score[row]),
+                mask_area=area,
+                mask_share=area / mask.size,
+                anomaly_map=anomaly_map,
+                mask=mask,
+            )
+
+
+def find_category(workdir: Path, category: str = "") -> Path:
+    """The folder of a trained category.
+
+    Args:
+        workdir: of the run.
+        category: its name or its folder's; may be empty where there is one.
+
+    Raises:
+        UserError: lists the categories that there are.
+    """
+    found = sorted(p.parent.name for p in workdir.glob(f"*/{trained.CHECKPOINTS}"))
+    if not category and len(found) == 1:
+        return workdir / found[0]
+    for name in (category, results.file_name(category)):
+        if name in found:
+            return workdir / name
+    if not found:
+        raise UserError(
+            f"Expected checkpoints of a category in {workdir}, found none. Run the "
+            "train.py command again."
+        )
+    raise UserError(
+        f"Expected one of the categories of {workdir} ({', '.join(found)}), found "
+        f"{repr(category) if category else 'no choice'}. Name one."
+    )
+
+
+def as_rgb(image: Any) -> UInt8[np.ndarray, "h w 3"]:
+    """Makes 8-bit RGB of everything that a detector takes.
+
+    Raises:
+        UserError: a file that cannot be read.
+        ValueError: an array of another type or shape, or without a pixel.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
+    pixels = to_rgb(image) if isinstance(image, Image.Image) else np.asarray(image)
+    if pixels.ndim == 2:
+        if pixels.dtype == np.uint16:
+            pixels = np.round(pixels / 257).astype(np.uint8)
+        pixels = pixels[..., None]
+    if (
+        pixels.dtype != np.uint8
+        or pixels.ndim != 3
+        or pixels.shape[2] not in (1, 3, 4)
+        or not pixels.size
+    ):
+        raise ValueError(
+            "Expected an image as uint8 [h, w], [h, w, 1], [h, w, 3] (RGB) or "
+            f"[h, w, 4], or as uint16 [h, w], found {pixels.dtype} {pixels.shape}."
+        )
+    if pixels.shape[2] == 1:
+        return np.repeat(pixels, 3, axis=2)
+    return pixels[..., :3]

@@ -1,0 +1,85 @@
+"""Predicts images: `python -m ulsad_jax.predict --workdir=RUN INPUT... --output=DIR`.
+
+Exits with 0 if every image was predicted, 1 if some could not be, 2 if nothing was
+begun because of how it was called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    """Predicts; returns the exit status."""
+    flags = parse(arguments)
+    from ulsad_jax import errors
+
+    with errors.reported(stopped="Stopped. Images that have a row are finished."):
+        from ulsad_jax import predictions  # not for --help: JAX takes seconds
+        from ulsad_jax.detector import Detector
+
+        try:
+            inputs = predictions.find_inputs(flags.inputs)
+            predictions.check_output(flags.output, inputs)
+            detector = Detector.load(
+                flags.workdir,
+                flags.category,
+                selection=flags.selection,
+                image_threshold=flags.image_threshold,
+                pixel_threshold=flags.pixel_threshold,
+                batch_size=flags.batch_size,
+            )
+        except errors.UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        counts = predictions.predict_files(
+            detector,
+            inputs,
+            flags.output,
+            overlays=flags.overlays,
+            masks=flags.masks,
+            maps=flags.maps,
+        )
+    print(
+        f"{counts.images} images, {counts.anomalous} anomalous, {counts.failed} failed."
+        f" Rows: {flags.output / predictions.CSV}, {flags.output / predictions.JSON}"
+    )
+    return 1 if counts.failed else 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses the command line; exits with 2 if it is wrong.
+
+    It is argparse's, not absl's, for inputs among the flags and for that status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m ulsad_jax.predict", allow_abbrev=False, description=__doc__
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="Image, folder, or quoted glob.")
+    add("--workdir", required=True, type=_path, help="Folder that train.py wrote.")
+    add("--output", required=True, type=_path, help="New or empty folder for results.")
+    add("--category", default="", help="Where the run has several.")
+    add("--overlays", action="store_true", help="Write overlays/: heatmap and outline.")
+    add("--masks", action="store_true", help="Write masks/: 0 or 255, .png.")
+    add("--maps", action="store_true", help="Write maps/: float32 .tiff.")
+    add("--image_threshold", type=float, help="Instead of the run's.")
+    add("--pixel_threshold", type=float, help="Instead of the run's.")
+    add("--batch_size", type=int, help="Images at once, not config.evaluation's.")
+    add(
+        "--selection",
+        default="",
+        choices=["last", "best_validation_loss", "best_test_auroc"],
+        help="Another checkpoint than the config's.",
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,123 @@
+"""What training left of a category, put together again: everything but its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ulsad_jax import config as config_lib
+from ulsad_jax import evaluation, features, pretrained, scoring, training
+from ulsad_jax.checkpoint import CheckpointStore
+from ulsad_jax.decisions import Decisions
+from ulsad_jax.models.pyramid import FEATURE_CHANNELS
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+CONFIG, TRUNK, CHECKPOINTS = "config.json", "trunk.safetensors", "checkpoints"
+
+
+class Trained(NamedTuple):
+    """A trained category.
+
+    Attributes:
+        step: of the checkpoint.
+        weights: everything that turns an image into a decision.
+        decisions: the thresholds in `weights`, and what they rest on.
+    """
+
+    step: int
+    weights: evaluation.Weights
+    decisions: Decisions
+
+
+def open_store(
+    config: ConfigDict, folder: Path, *, read_only: bool = False
+) -> CheckpointStore:
+    """The checkpoints of a category's folder, ranked as the config says."""
+    on_test = config.selection == config_lib.BEST_TEST_AUROC
+    return CheckpointStore(
+        folder / CHECKPOINTS,
+        metric="test_image_auroc" if on_test else "validation_loss",
+        largest=on_test,
+        read_only=read_only,
+    )
+
+
+def select(config: ConfigDict, store: CheckpointStore) -> int:
+    """The step of the checkpoint that the config asks for."""
+    return store.select(best=config.selection != "last")
+
+
+def check_trunk(
+    store: CheckpointStore, step: int, trunk: pretrained.Trunk, folder: Path
+) -> None:
+    """Refuses a trunk that the checkpoint was not trained with."""
+    expected = pretrained.TrunkIdentity(**store.restore_progress(step)["trunk"])
+    pretrained.check_same(expected, trunk.identity, folder)
+
+
+def load(
+    config: ConfigDict,
+    folder: Path,
+    trunk: pretrained.Trunk,
+    *,
+    step: int | None = None,
+    image_threshold: float | None = None,
+    pixel_threshold: float | None = None,
+) -> Trained:
+    """Loads a category from its folder.
+
+    Args:
+        config: the run's.
+        folder: of the category.
+        trunk: the run's.
+        step: of the checkpoint; by default the one that the config asks for.
+        image_threshold: instead of the stored one.
+        pixel_threshold: instead of the stored one.
+
+    Raises:
+        UserError: no such checkpoint, another trunk, another version's checkpoint.
+    """
+    with open_store(config, folder, read_only=True) as store:
+        step = select(config, store) if step is None else step
+        check_trunk(store, step, trunk, folder)
+        model, calibration, stored = store.restore_model(
+            step, model=_abstract_model(config)
+        )
+    decisions = Decisions.from_json(stored).override(
+        image=image_threshold, pixel=pixel_threshold
+    )
+    weights = evaluation.Weights(
+        trunk=trunk.variables,
+        statistics=features.ChannelStatistics(**model["channels"]),
+        variables=model["variables"],
+        calibration=scoring.Calibration(**calibration),
+        thresholds=decisions.thresholds,
+    )
+    return Trained(step, weights, decisions)
+
+
+def _abstract_model(config: ConfigDict) -> Any:
+    """Shapes of the checkpoint item that evaluation reads."""
+    height, width = config.image_size
+    channels = (FEATURE_CHANNELS,)
+    variables = jax.eval_shape(
+        lambda: training.make_model(config).init(
+            jax.random.key(0),
+            jnp.zeros((2, height // 8, width // 8, *channels)),
+            jnp.zeros((2, height, width, 3)),
+            train=False,
+        )
+    )
+    statistics = features.ChannelStatistics(
+        *(jax.ShapeDtypeStruct(channels, jnp.float32),) * 2
+    )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        training.model_tree(variables, statistics),
+    )

@@ -27,34 +27,38 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, folder: Path, *, metric: str, largest: bool, read_only: bool = False
+        self,
+        folder: Path,
+        *,
+        metric: str | None = None,
+        largest: bool = False,
+        read_only: bool = False,
     ):
         """Opens the folder, or makes it.
 
         Args:
             folder: of the checkpoints.
-            metric: the key, in what `save` is given, that ranks checkpoints.
+            metric: the key, in what `save` is given, that ranks checkpoints; None to
+                keep the last one alone.
             largest: whether the largest value is best, not the smallest.
             read_only: whether to leave alone what another process may be saving.
         """
         self._folder = folder
         self._sign = 1.0 if largest else -1.0
         self._metric = metric
-        keep = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(1),
-                checkpoint_managers.BestN(
-                    get_metric_fn=self._rank,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
+        keep: list[checkpoint_managers.PreservationPolicy]
+        keep = [checkpoint_managers.LatestN(1)]
+        if metric is not None:
+            best = checkpoint_managers.BestN(
+                get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False
+            )
+            keep.append(best)
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep,
-                best_fn=self._rank,  # without it no metrics are written
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+                # Without it no metrics are written.
+                best_fn=None if metric is None else self._rank,
                 create=not read_only,
                 # Remains of a save that was killed are no checkpoint.
                 cleanup_tmp_directories=not read_only,

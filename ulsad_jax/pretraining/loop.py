@@ -73,7 +73,7 @@ def run(config: ConfigDict, workdir: Path) -> str:
     step_fn = make_step(model, optimizer, config)
     folder = workdir / CHECKPOINTS
     with (
-        CheckpointStore(folder, metric="none", largest=False) as store,
+        CheckpointStore(folder) as store,
         stop_signals() as stop,
     ):
         first = store.latest() or 0

@@ -6,6 +6,7 @@ import numpy as np
 
 from configs import quickstart
 from ulsad_jax import evaluation, features, scoring, training
+from ulsad_jax.decisions import Thresholds
 from ulsad_jax.losses import make_loss_fn
 from ulsad_jax.models.pyramid import FeaturePyramid
 
@@ -81,6 +82,7 @@ def make_measure(*, epochs: int, seeds: list[int], size: int):
                 statistics,
                 variables,
                 calibrate(variables, held, category.validation),
+                Thresholds(),
             )
             found.append(_score(lambda image, w=weights: predict(w, image), category))
         return {name: float(np.mean([f[name] for f in found])) for name in found[0]}

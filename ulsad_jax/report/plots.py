@@ -12,7 +12,7 @@ import numpy as np
 WIDTH, HEIGHT = 380, 270
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 40
 COLORS = 8  # of the style sheet: .c0 to .c7
-ROW, BINS = 46, 40  # height of a histogram, and its bars
+ROW, BINS = 54, 40  # height of a histogram, and its bars
 
 
 class Line(NamedTuple):
@@ -61,7 +61,9 @@ class Axis(NamedTuple):
             )
             steps = (1, 2, 5) if len(decades) < 4 else (1,)
             found = [step * 10.0**k for k in decades for step in steps]
-            return [v for v in found if self.low <= v <= self.high]
+            inside = [v for v in found if self.low <= v <= self.high]
+            if len(inside) > 1:
+                return inside
         rough = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
@@ -130,7 +132,7 @@ def draw_histograms(
         counts, _ = np.histogram(row, BINS, (axis.low, axis.high))
         style = "normal" if name in normal else "defect"
         for i in np.flatnonzero(counts):
-            bar = (ROW - 16) * counts[i] / counts.max()
+            bar = (ROW - 20) * counts[i] / counts.max()
             parts.append(
                 f'<rect class="{style}" x="{RIGHT + i * inner / BINS:.1f}" '
                 f'y="{base - bar:.1f}" width="{inner / BINS - 1:.1f}" '

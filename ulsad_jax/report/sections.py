@@ -64,6 +64,7 @@ def tabulate_results(run: RunFiles) -> str:
         )
         if kinds:
             columns = {kind: kind.partition("/")[2] for kind in kinds}
+            title = title[0].upper() + title[1:]
             tables.append(_tabulate_metrics(f"{title} by type", rows, columns))
     if not any(row.get("test_images") for row in rows.values()):
         tables = ['<p class="note">There are no test images: nothing is measured.</p>']
@@ -175,16 +176,14 @@ def _draw_roc(category: CategoryFiles) -> Iterable[str]:
     if lines:
         yield draw_lines("ROC of images", lines, x=rate, y=found)
     if stored := category.curves.get("roc"):
-        value = _first(category.metrics, "pixel_auroc_original", "pixel_auroc")
-        line = _line("pixels", Curve(**stored), value)
+        line = _line("AUROC", Curve(**stored), *_at_best(category, "pixel_auroc"))
         yield draw_lines("ROC of pixels", [line], x=rate, y=found)
 
 
 def _draw_overlaps(category: CategoryFiles) -> Iterable[str]:
     rate = Axis("false positive rate of pixels", 0, PRO_LIMIT)
     if stored := category.curves.get("pro"):
-        value = _first(category.metrics, "aupro_original", "aupro")
-        line = _line("AUPRO", Curve(**stored), value)
+        line = _line("AUPRO", Curve(**stored), *_at_best(category, "aupro"))
         overlap = Axis("per-region overlap", 0, 1)
         yield draw_lines("PRO", [line], x=rate, y=overlap)
     lines = [
@@ -233,13 +232,17 @@ def _roc(rows: Sequence[Scored]) -> Curve | None:
     return thin(make_curve(*(np.diff(c, prepend=0) for c in counts)))
 
 
-def _line(name: str, curve: Curve, value: float | None) -> Line:
+def _line(name: str, curve: Curve, value: float | None, where: str = "model") -> Line:
     shown = "" if value is None else f" {_percent(value)}"
-    return Line(f"{name}{shown}", curve.fpr, curve.overlap)
+    where = ", original resolution" if where == "original" else ""
+    return Line(f"{name}{shown}{where}", curve.fpr, curve.overlap)
 
 
-def _first(metrics: Mapping[str, float], *names: str) -> float | None:
-    return next((metrics[name] for name in names if name in metrics), None)
+def _at_best(category: CategoryFiles, name: str) -> tuple[float | None, str]:
+    """A pixel metric at the resolution of the category's curves, and which that is."""
+    if (original := category.metrics.get(f"{name}_original")) is not None:
+        return original, "original"
+    return category.metrics.get(name), "model"
 
 
 def _show_card(row: Scored) -> str:
@@ -261,8 +264,8 @@ def _show_card(row: Scored) -> str:
         f'alt="{name}: image, ground truth, heatmap" width="{width}" '
         f'height="{height}"><figcaption>'
         f'<b class="{style}">{verdict}</b> <span class="file">{name}</span> '
-        f"<span>score {row.score:.4g} (structural {row.local:.3g}, logical "
-        f"{row.global_:.3g})</span></figcaption></figure>"
+        f'<span class="scores">score {row.score:.4g} (structural '
+        f"{row.local:.3g}, logical {row.global_:.3g})</span></figcaption></figure>"
     )
 
 

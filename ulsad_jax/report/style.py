@@ -58,7 +58,9 @@ figcaption { font-weight: 600; }
 .gallery { grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--faint); font-size: 11px; }
-svg .name { fill: var(--text); }
+svg .name {
+  fill: var(--text); paint-order: stroke; stroke: var(--panel); stroke-width: 4px;
+}
 .grid, .base { stroke: var(--rule); fill: none; }
 .line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
 .line.dashed { stroke-dasharray: 6 4; }
@@ -81,6 +83,7 @@ rect.defect { fill: var(--defect); }
 .card img { display: block; width: 100%; height: auto; border-radius: 4px; }
 .card figcaption { font-weight: 400; font-size: .85rem; margin-top: 6px; }
 .card .file { font-weight: 600; margin-right: 6px; }
+.card .scores { display: block; color: var(--faint); }
 .card b { border-radius: 4px; padding: 1px 6px; color: var(--page); }
 .card b.wrong { background: var(--bad); }
 .card b.right { background: var(--good); }

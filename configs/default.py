@@ -92,7 +92,8 @@ def get_config(category: str = "all") -> ConfigDict:
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.batch_size = 8
-    # Heatmap pictures of each type of test image; -1 for all.
+    # Heatmap pictures of each type of test image, half of them the most wrongly
+    # scored; -1 for all. The report shows them.
     evaluation.pictures_per_type = 8
     # Whether to measure pixels at the images' own resolution, too: AUROC and AUPRO;
     # for mvtec_loco and synthetic AU-sPRO, the data set's own metric.

@@ -23,6 +23,11 @@ MAPS = (16, 24)  # model resolution here
 LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"
 
 
+def measure(examples, maps, *, loco):
+    stream = full_resolution.stream_pixels(examples, maps, loco=loco, title="")
+    return full_resolution.measure(stream, loco=loco)
+
+
 def open_test(name, root, category, tmp_path):
     return open_category(
         name,
@@ -59,7 +64,7 @@ def areas_by_definition(masks, saturations):
 
 def test_loco(loco):
     maps = draw_maps(loco)
-    metrics = full_resolution.measure(loco, maps, loco=True, title="")
+    metrics = measure(loco, maps, loco=True)
     images = [loco.original(i) for i in range(len(loco))]
     large = [
         resize_map(one, image.image.shape[:2])
@@ -93,9 +98,7 @@ def test_loco_without_one_type(tmp_path):
         shutil.rmtree(root / "pushpins" / folder / LOGICAL)
     examples = open_test("mvtec_loco", root, "pushpins", tmp_path)
     with pytest.warns(UndefinedMetricWarning, match=LOGICAL) as caught:
-        metrics = full_resolution.measure(
-            examples, draw_maps(examples), loco=True, title=""
-        )
+        metrics = measure(examples, draw_maps(examples), loco=True)
     assert len(caught) == 1
     assert {name for name, value in metrics.items() if math.isnan(value)} == {
         name
@@ -108,13 +111,13 @@ def test_other_data_has_no_spro_and_leaves_unknown_masks_out(tmp_path):
     root = trees.write_mvtec_ad(tmp_path / "ad", good=2, per_defect=2)
     examples = open_test("mvtec_ad", root, "bottle", tmp_path)
     maps = draw_maps(examples)
-    metrics = full_resolution.measure(examples, maps, loco=False, title="")
+    metrics = measure(examples, maps, loco=False)
     assert list(metrics) == ["pixel_auroc_original", "aupro_original"]
     (root / "bottle/ground_truth/broken/000_mask.png").unlink()
     lacking = open_test("mvtec_ad", root, "bottle", tmp_path)
     (row,) = [i for i, name in enumerate(lacking.names) if name == "broken/000"]
     maps[row] = 1e6  # would change everything
-    known = full_resolution.measure(lacking, maps, loco=False, title="")
+    known = measure(lacking, maps, loco=False)
     rest = [i for i in range(len(examples)) if i != row]
     masks = np.stack([examples.original(i).masks.any(0) for i in rest])
     large = np.stack([resize_map(maps[i], trees.SIZE) for i in rest])

@@ -153,7 +153,7 @@ def draw_picture(anomaly_map, *, mask=None, low=0.0, high=1.0):
     shape = anomaly_map.shape
     mask = np.zeros(shape, bool) if mask is None else mask
     image = np.full((*shape, 3), 100, np.uint8)
-    return figures.picture(image, mask, anomaly_map, low=low, high=high)
+    return figures.picture(image, mask, anomaly_map, low=low, high=high, threshold=9)
 
 
 def test_picture_has_three_panels():

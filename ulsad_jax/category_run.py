@@ -22,7 +22,7 @@ from ulsad_jax import (
     full_resolution,
     pretrained,
     results,
-    scoring,
+    stages,
     trained,
     trainer,
     training,
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
     from ml_collections import ConfigDict
 
-RESULTS, MAPS = "results.json", "maps"
+RESULTS, SCORES, CURVES = "results.json", "scores.csv", "curves.json"
+PICTURES, MAPS = "pictures", "maps"
 LOCO_LAYOUTS = ("mvtec_loco", "synthetic")  # their headline is the mean of two types
 
 
@@ -94,7 +95,8 @@ class CategoryRun:
                 f"{len(data.train)} training, {len(data.validation)} validation, "
                 f"{len(data.test)} test images"
             )
-            train, validation, statistics = self._extract()
+            with stages.measure(self._folder, "features"):
+                train, validation, statistics = self._extract()
             loss_fn = make_loss_fn(config.losses)
             validate = trainer.make_validate(
                 self._model,
@@ -104,7 +106,7 @@ class CategoryRun:
                 method=config.calibration,
                 **config.threshold,
             )
-            trainer.Trainer(
+            loop = trainer.Trainer(
                 config,
                 self._name,
                 train=train,
@@ -116,7 +118,9 @@ class CategoryRun:
                 listing=listing([*data.train.records, *data.validation.records]),
                 trunk=self._trunk.identity,
                 score_test=self._make_score_test(statistics),
-            ).run()
+            )
+            with stages.measure(self._folder, "training"):
+                loop.run()
             return trained.select(config, store)
 
     def evaluate(
@@ -137,20 +141,23 @@ class CategoryRun:
         step, weights, decisions = trained.load(
             self._config, self._folder, self._trunk, step=step, **given
         )
-        prediction, truth = self._predict_test(weights)
+        with stages.measure(self._folder, "prediction"):
+            prediction, truth = self._predict_test(weights)
         test = self._data.test
         images = [record.image for record in test.records]
         evaluation.check_finite(prediction.anomaly_map, images)
-        with warnings.catch_warnings(record=True) as undefined:
+        with (
+            warnings.catch_warnings(record=True) as undefined,
+            stages.measure(self._folder, "metrics"),
+        ):
             warnings.simplefilter("always", UserWarning)
-            metrics = self._measure(prediction, truth, decisions.thresholds)
-        results.write_scores(self._folder / "scores.csv", test.records, prediction)
-        pictures = self._write_pictures(prediction, truth, weights.calibration)
+            metrics, curves = self._measure(prediction, truth, decisions.thresholds)
+        results.write_scores(self._folder / SCORES, test.records, prediction)
+        files.replace(self._folder / CURVES, json.dumps(curves) + "\n")
+        with stages.measure(self._folder, "pictures"):
+            pictures = self._write_pictures(prediction, truth, weights)
         if self._config.evaluation.write_maps:
-            shutil.rmtree(self._maps, ignore_errors=True)
-            full_resolution.write_maps(
-                test, prediction.anomaly_map, self._maps, title=f"[{self._name}] maps"
-            )
+            self._write_maps(prediction)
         with Writer(self._folder, self._name) as writer:
             if not images:
                 writer.say("no test images: nothing to measure")
@@ -172,13 +179,14 @@ class CategoryRun:
         prediction: evaluation.Prediction,
         truth: evaluation.Truth,
         thresholds: Thresholds,
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
+        """Returns metrics by name, and curves by name to draw."""
         metrics = {
             "test_images": len(truth.labels),
             "test_anomalous": int(truth.labels.sum()),
         }
         if not len(truth.labels):
-            return metrics
+            return metrics, {}
         loco = self._config.dataset.name in LOCO_LAYOUTS
         metrics |= evaluation.image_level(
             truth.labels, truth.types, prediction.score, loco=loco
@@ -187,14 +195,28 @@ class CategoryRun:
             truth.masks, truth.has_mask, prediction.anomaly_map
         )
         metrics |= evaluation.decision_level(prediction, truth, thresholds)
-        if self._config.evaluation.original_resolution:
-            metrics |= full_resolution.measure(
+        maps = prediction.anomaly_map
+        original = self._config.evaluation.original_resolution
+        if original:
+            title = f"[{self._name}] original resolution"
+            stream = full_resolution.stream_pixels(
+                self._data.test, maps, loco=loco, title=title
+            )
+            metrics |= full_resolution.measure(stream, loco=loco)
+        else:
+            stream = evaluation.stream_pixels(truth.masks, truth.has_mask, maps)
+        return metrics, evaluation.pixel_curves(stream, loco=loco and original)
+
+    def _write_maps(self, prediction: evaluation.Prediction) -> None:
+        """Writes every test image's map, in place of those of before."""
+        shutil.rmtree(self._maps, ignore_errors=True)
+        with stages.measure(self._folder, "maps"):
+            full_resolution.write_maps(
                 self._data.test,
                 prediction.anomaly_map,
-                loco=loco,
-                title=f"[{self._name}] original resolution",
+                self._maps,
+                title=f"[{self._name}] maps",
             )
-        return metrics
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the folder's results are those of this step, on these images."""
@@ -298,22 +320,19 @@ class CategoryRun:
         self,
         prediction: evaluation.Prediction,
         truth: evaluation.Truth,
-        calibration: scoring.Calibration,
+        weights: evaluation.Weights,
     ) -> list[tuple[str, UInt8[np.ndarray, "h w 3"]]]:
         """Writes pictures of each type; returns one a type for TensorBoard."""
-        folder = self._folder / "pictures"
+        folder = self._folder / PICTURES
+        calibration = weights.calibration
         shutil.rmtree(folder, ignore_errors=True)
         limit = self._config.evaluation.pictures_per_type
         shown = []
         for kind in dict.fromkeys(truth.types):
             rows = [i for i, name in enumerate(truth.types) if name == kind]
-            if limit >= 0:  # spread over the type's images
-                rows = [
-                    rows[k]
-                    for k in np.linspace(
-                        0, len(rows) - 1, min(limit, len(rows))
-                    ).astype(int)
-                ]
+            sign = -1 if truth.labels[rows[0]] == 0 else 1
+            rows.sort(key=lambda i, s=sign: s * prediction.score[i])
+            rows = _choose_pictures(rows, limit)
             target = folder / results.file_name(kind)
             target.mkdir(parents=True, exist_ok=True)
             for i in rows:
@@ -323,9 +342,19 @@ class CategoryRun:
                     prediction.anomaly_map[i],
                     low=calibration.display_low,
                     high=calibration.display_high,
+                    threshold=weights.thresholds.pixel,
                 )
                 stem = results.file_name(self._data.test.records[i].image.stem)
                 Image.fromarray(drawn).save(target / f"{stem}.png")
                 if i == rows[0]:
                     shown.append((f"test/{kind}", drawn))
         return shown
+
+
+def _choose_pictures(rows: list[int], limit: int) -> list[int]:
+    """Of rows, the most wrongly scored first: half such ones, the others spread."""
+    if limit < 0 or limit >= len(rows):
+        return rows
+    worst = -(-limit // 2)
+    spread = np.linspace(worst, len(rows) - 1, limit - worst).astype(int)
+    return rows[:worst] + [rows[k] for k in spread]

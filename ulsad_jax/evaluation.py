@@ -11,10 +11,13 @@ import jax
 import numpy as np
 
 from ulsad_jax import decisions, scoring
+from ulsad_jax.data.records import GOOD
 from ulsad_jax.errors import UserError
 from ulsad_jax.features import ChannelStatistics
 from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.metrics import pixel as pixel_metrics
+from ulsad_jax.metrics import stream as pixel_stream
+from ulsad_jax.metrics.curves import thin
 from ulsad_jax.models.pyramid import FeaturePyramid
 from ulsad_jax.models.ulsad import Ulsad
 
@@ -213,6 +216,43 @@ def pixel_level(
         for name, value in metrics.items()
     }
     return named | {"pixel_images_left_out": int((~has_mask).sum())}
+
+
+def stream_pixels(
+    masks: Bool[np.ndarray, "n h w"],
+    has_mask: Bool[np.ndarray, " n"],
+    maps: Float[np.ndarray, "n h w"],
+) -> pixel_stream.PixelStream:
+    """The pixels of the images whose mask is known, at model resolution."""
+    stream = pixel_stream.PixelStream()
+    for i in np.flatnonzero(has_mask):
+        stream.add(maps[i], masks[i][None])
+    return stream
+
+
+def pixel_curves(
+    stream: pixel_stream.PixelStream, *, loco: bool
+) -> dict[str, dict[str, list[float]]]:
+    """Curves to draw: name -> {"fpr", "overlap"}, without those that are undefined.
+
+    Args:
+        stream: of pixels.
+        loco: whether to add sPRO of logical and of structural anomalies.
+    """
+    wanted = {
+        "roc": (pixel_stream.DEFECTIVE, None),
+        "pro": (pixel_stream.REGIONS, None),
+    }
+    if loco:
+        for kind in (image_metrics.LOGICAL, image_metrics.STRUCTURAL):
+            wanted[f"spro/{kind}"] = (pixel_stream.CHANNELS, [GOOD, kind])
+    curves = {}
+    for name, (overlap, groups) in wanted.items():
+        curve = stream.curve(overlap, groups)
+        if curve is not None:
+            columns = thin(curve)._asdict().items()
+            curves[name] = {k: np.round(v, 5).tolist() for k, v in columns}
+    return curves
 
 
 def decision_level(

@@ -19,6 +19,7 @@ from ulsad_jax.data.layouts import select_categories
 from ulsad_jax.data.pipeline import Category, open_category
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
+from ulsad_jax.report import page
 from ulsad_jax.trained import CHECKPOINTS, CONFIG, TRUNK
 
 
@@ -217,6 +218,7 @@ def _collect(
         },
     }
     results.write(workdir, rows, about)
+    page.write(workdir)
     lines = [results.table(rows, about)]
     if trunk.identity.source.startswith("random"):
         lines.append(
@@ -224,6 +226,7 @@ def _collect(
             "poor numbers until you use a trained one (README, section Trunk weights)."
         )
     lines.append(f"Results: {workdir / RESULTS}, {workdir / 'results.csv'}")
+    lines.append(f"Report: {workdir / page.REPORT}")
     lines.append(f"Pictures: {workdir}/<category>/pictures/<type>/*.png")
     if config.evaluation.write_maps:
         lines.append(f"Maps: {workdir / MAPS}/<category>/test/<type>/*.tiff")

@@ -22,26 +22,22 @@ if TYPE_CHECKING:
     from jaxtyping import Float32
 
 
-def measure(
+def stream_pixels(
     examples: Examples,
     maps: Float32[np.ndarray, "n h w"],
     *,
     loco: bool,
     title: str,
-) -> dict[str, float]:
-    """Pixel metrics over the images whose mask is known, each at its own resolution.
+) -> PixelStream:
+    """Reads the pixels of the images whose mask is known, each at its own resolution.
 
     Maps are enlarged bilinearly, one at a time; masks stay as they are.
 
     Args:
         examples: the images.
         maps: of each image, at model resolution.
-        loco: whether to add AU-sPRO of logical and structural anomalies, each with
-            all normal images, and the mean of the two.
+        loco: whether AU-sPRO is wanted, which needs saturation areas.
         title: of the progress bar.
-
-    Returns:
-        Metrics by name; NaN, with a warning, where they are undefined.
     """
     stream = PixelStream()
     for i in progress(range(len(examples)), title):
@@ -57,6 +53,20 @@ def measure(
             for mask, rule in zip(truth.masks, truth.saturations, strict=True)
         ]
         stream.add(large, truth.masks, areas, group=examples.types[i])
+    return stream
+
+
+def measure(stream: PixelStream, *, loco: bool) -> dict[str, float]:
+    """Pixel metrics at original resolution.
+
+    Args:
+        stream: what `stream_pixels` gave.
+        loco: whether to add AU-sPRO of logical and structural anomalies, each with
+            all normal images, and the mean of the two.
+
+    Returns:
+        Metrics by name; NaN, with a warning, where they are undefined.
+    """
     metrics = {
         "pixel_auroc_original": stream.auroc(),
         "aupro_original": stream.aupro(),

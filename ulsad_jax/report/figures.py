@@ -59,8 +59,9 @@ def picture(
     *,
     low: float,
     high: float,
+    threshold: float,
 ) -> UInt8[np.ndarray, "h 3*w+8 3"]:
-    """The image, its ground truth outlined, and the heatmap over it, side by side.
+    """The image, its ground truth outlined, and the overlay, side by side.
 
     Args:
         image: at model resolution.
@@ -68,10 +69,10 @@ def picture(
         anomaly_map: its map.
         low: the value drawn coldest.
         high: the value drawn hottest.
+        threshold: above it is the predicted mask, outlined in the overlay.
     """
     outlined = image.copy()
     outlined[ndimage.binary_dilation(mask, iterations=2) & ~mask] = CONTOUR
-    hot = heatmap(anomaly_map, low, high)
-    overlay = ((1 - OVERLAY) * image + OVERLAY * hot).astype(np.uint8)
+    hot = overlay(image, anomaly_map > threshold, anomaly_map, low=low, high=high)
     gap = np.full((image.shape[0], GAP, 3), 255, np.uint8)
-    return np.concatenate([image, gap, outlined, gap, overlay], axis=1)
+    return np.concatenate([image, gap, outlined, gap, hot], axis=1)

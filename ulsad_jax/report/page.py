@@ -1,0 +1,65 @@
+"""report.html: a whole run in one file, which asks for nothing from elsewhere."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from string import Template
+
+from ulsad_jax import files
+from ulsad_jax.report import run_files, sections
+from ulsad_jax.report.style import STYLE
+
+REPORT = "report.html"
+MAX_PICTURES = 240  # of all categories together: about 4 MB at 256 x 256 pixels
+
+# The policy forbids scripts and the network, whatever a name should smuggle in.
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<h1>$title</h1>
+$content
+</body>
+</html>
+""")
+
+
+def write(workdir: Path) -> None:
+    """Writes a run's report from the files that are in its folder."""
+    files.replace(workdir / REPORT, compose(run_files.read(workdir)))
+
+
+def compose(run: run_files.RunFiles) -> str:
+    """The page of a run."""
+    categories = run.categories
+    limit = max(1, MAX_PICTURES // len(categories))
+    links = "".join(
+        f'<a href="#category-{k}">{escape(category.name)}</a> '
+        for k, category in enumerate(categories)
+    )
+    parts = [
+        sections.describe_protocol(run),
+        sections.tabulate_results(run),
+        f"<nav>{links}</nav>" if len(categories) > 1 else "",
+        *(
+            f'<section id="category-{k}"><h2>{escape(category.name)}</h2>'
+            f"{sections.draw_category(category)}"
+            f"{sections.show_gallery(category, limit)}</section>"
+            for k, category in enumerate(categories)
+        ),
+        sections.tabulate_stages(categories),
+        sections.tabulate_all_metrics(run),
+        sections.tabulate_config(run),
+    ]
+    return PAGE.substitute(
+        title=escape(f"ULSAD: {run.name}"), style=STYLE, content="\n".join(parts)
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -13,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ulsad_jax import config as config_lib
-from ulsad_jax import evaluation, pretrained, results, trained, training
+from ulsad_jax import evaluation, trained, training
 from ulsad_jax.data.records import read_image, to_rgb
 from ulsad_jax.data.resize import resize_bilinear, resize_map
 from ulsad_jax.decisions import Decisions
@@ -112,22 +110,15 @@ class Detector:
         Raises:
             UserError: no run, no such category, another version's checkpoint.
         """
-        workdir = Path(workdir).expanduser()
-        config = config_lib.load(workdir / trained.CONFIG)
-        config.selection = selection or config.selection
-        if batch_size is not None:
-            config.evaluation.batch_size = batch_size
-        config_lib.validate(config)
-        folder = find_category(workdir, category)
-        trunk = pretrained.load_saved_trunk(workdir / trained.TRUNK)
-        _, weights, decisions = trained.load(
-            config,
-            folder,
-            trunk,
+        run = trained.load_run(
+            workdir,
+            category,
+            selection=selection,
             image_threshold=image_threshold,
             pixel_threshold=pixel_threshold,
+            batch_size=batch_size,
         )
-        return cls(config, weights, decisions)
+        return cls(run.config, run.weights, run.decisions)
 
     def __call__(self, images: Any) -> Any:
         """Returns the `Result` of an image, or a list of them for several.
@@ -192,33 +183,6 @@ class Detector:
                 anomaly_map=anomaly_map,
                 mask=mask,
             )
-
-
-def find_category(workdir: Path, category: str = "") -> Path:
-    """The folder of a trained category.
-
-    Args:
-        workdir: of the run.
-        category: its name or its folder's; may be empty where there is one.
-
-    Raises:
-        UserError: lists the categories that there are.
-    """
-    found = sorted(p.parent.name for p in workdir.glob(f"*/{trained.CHECKPOINTS}"))
-    if not category and len(found) == 1:
-        return workdir / found[0]
-    for name in (category, results.file_name(category)):
-        if name in found:
-            return workdir / name
-    if not found:
-        raise UserError(
-            f"Expected checkpoints of a category in {workdir}, found none. Run the "
-            "train.py command again."
-        )
-    raise UserError(
-        f"Expected one of the categories of {workdir} ({', '.join(found)}), found "
-        f"{repr(category) if category else 'no choice'}. Name one."
-    )
 
 
 def as_rgb(image: Any) -> UInt8[np.ndarray, "h w 3"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from ulsad_jax import config as config_lib
-from ulsad_jax import evaluation, features, pretrained, scoring, training
+from ulsad_jax import evaluation, features, pretrained, results, scoring, training
 from ulsad_jax.checkpoint import CheckpointStore
 from ulsad_jax.decisions import Decisions
+from ulsad_jax.errors import UserError
 from ulsad_jax.models.pyramid import FEATURE_CHANNELS
 
 if TYPE_CHECKING:
@@ -29,6 +31,26 @@ class Trained(NamedTuple):
         decisions: the thresholds in `weights`, and what they rest on.
     """
 
+    step: int
+    weights: evaluation.Weights
+    decisions: Decisions
+
+
+class Run(NamedTuple):
+    """A trained category and where it comes from.
+
+    Attributes:
+        config: the run's.
+        category: the name of its folder.
+        trunk: which trunk it is.
+        step: of the checkpoint.
+        weights: everything that turns an image into a decision.
+        decisions: the thresholds in `weights`, and what they rest on.
+    """
+
+    config: ConfigDict
+    category: str
+    trunk: pretrained.TrunkIdentity
     step: int
     weights: evaluation.Weights
     decisions: Decisions
@@ -99,6 +121,73 @@ def load(
         thresholds=decisions.thresholds,
     )
     return Trained(step, weights, decisions)
+
+
+def load_run(
+    workdir: str | os.PathLike[str],
+    category: str = "",
+    *,
+    selection: str = "",
+    image_threshold: float | None = None,
+    pixel_threshold: float | None = None,
+    batch_size: int | None = None,
+) -> Run:
+    """Loads a category of a run from the run's folder alone.
+
+    Args:
+        workdir: that train.py wrote.
+        category: may be left out where the run has one.
+        selection: of the checkpoint, if not the config's.
+        image_threshold: instead of the run's.
+        pixel_threshold: instead of the run's.
+        batch_size: instead of `config.evaluation.batch_size`.
+
+    Raises:
+        UserError: no run, no such category, another version's checkpoint.
+    """
+    workdir = Path(workdir).expanduser()
+    config = config_lib.load(workdir / CONFIG)
+    config.selection = selection or config.selection
+    if batch_size is not None:
+        config.evaluation.batch_size = batch_size
+    config_lib.validate(config)
+    folder = find_category(workdir, category)
+    trunk = pretrained.load_saved_trunk(workdir / TRUNK)
+    found = load(
+        config,
+        folder,
+        trunk,
+        image_threshold=image_threshold,
+        pixel_threshold=pixel_threshold,
+    )
+    return Run(config, folder.name, trunk.identity, *found)
+
+
+def find_category(workdir: Path, category: str = "") -> Path:
+    """The folder of a trained category.
+
+    Args:
+        workdir: of the run.
+        category: its name or its folder's; may be empty where there is one.
+
+    Raises:
+        UserError: lists the categories that there are.
+    """
+    found = sorted(p.parent.name for p in workdir.glob(f"*/{CHECKPOINTS}"))
+    if not category and len(found) == 1:
+        return workdir / found[0]
+    for name in (category, results.file_name(category)):
+        if name in found:
+            return workdir / name
+    if not found:
+        raise UserError(
+            f"Expected checkpoints of a category in {workdir}, found none. Run the "
+            "train.py command again."
+        )
+    raise UserError(
+        f"Expected one of the categories of {workdir} ({', '.join(found)}), found "
+        f"{repr(category) if category else 'no choice'}. Name one."
+    )
 
 
 def _abstract_model(config: ConfigDict) -> Any:

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from jax import export as jax_export
+from PIL import Image
+
+import ulsad_jax
+from tests import runs
+from ulsad_jax import artifact, export, export_onnx, trained
+from ulsad_jax.data.resize import resize_bilinear
+from ulsad_jax.errors import UserError
+
+SCORES = ("score", "normalized_score", "local_score", "global_score")
+# A machine with JAX and what reads its files, and nothing of this project.
+PROGRAM = """
+import sys
+
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        allowed = {"jax", "jaxlib", "numpy", "flatbuffers", "ml_dtypes", "opt_einsum"}
+        allowed |= {"scipy", *sys.stdlib_module_names}
+        if name[0] != "_" and name.partition(".")[0] not in allowed:
+            raise ModuleNotFoundError(f"{name} is not there", name=name)
+
+
+sys.meta_path.insert(0, Refuse())
+import json, zipfile
+import jax, jax.export
+import numpy as np
+
+with zipfile.ZipFile(sys.argv[1]) as file:
+    about = json.loads(file.read("metadata.json"))
+    detect = jax.jit(jax.export.deserialize(file.read("model.jax")).call)
+images = np.load(sys.argv[2])
+assert list(images.shape[1:3]) == about["image_size"]
+found = {}
+for count in (1, 3, 8):
+    for name, value in jax.device_get(detect(images[:count])).items():
+        found[f"{name}/{count}"] = value
+np.savez(sys.argv[3], **found)
+assert not {"flax", "orbax", "ulsad_jax"} & sys.modules.keys()
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "bottle.zip"
+    export.main([f"--workdir={finished.workdir}", f"--output={path}"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(finished):
+    """Seven test images, and noise, at model resolution."""
+    paths = [row["image"] for row in runs.read_scores(finished.workdir)]
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    photos = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    return np.stack([*(resize_bilinear(photo, (64, 64)) for photo in photos), noise])
+
+
+def read(path):
+    with zipfile.ZipFile(path) as file:
+        assert file.testzip() is None
+        metadata = json.loads(file.read("metadata.json"))
+        return metadata, jax_export.deserialize(bytearray(file.read("model.jax")))
+
+
+def test_same_numbers_where_jax_is_alone(finished, exported, images, tmp_path):
+    np.save(tmp_path / "images.npy", images)
+    out = tmp_path / "out.npz"
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, exported, tmp_path / "images.npy", out],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = np.load(out)
+    detector = ulsad_jax.Detector.load(finished.workdir)
+    expected = detector(list(images))
+    rows = runs.read_scores(finished.workdir)
+    for count in (1, 3, 8):
+        some = {n: found[f"{n}/{count}"] for n in (*SCORES, "mask_area")}
+        for i, result in enumerate(expected[:count]):
+            for name in SCORES:
+                value = getattr(result, name)
+                assert some[name][i] == pytest.approx(value, rel=1e-5, abs=1e-5)
+            assert some["mask_area"][i] == result.mask_area
+            assert found[f"is_anomalous/{count}"][i] == result.is_anomalous
+            np.testing.assert_allclose(
+                found[f"anomaly_map/{count}"][i],
+                result.anomaly_map,
+                rtol=1e-5,
+                atol=1e-5,
+            )
+    for i, row in enumerate(rows):  # of the evaluation
+        assert found["score/8"][i] == pytest.approx(float(row["score"]), rel=1e-4)
+
+
+def test_what_the_file_says(finished, exported, capsys):
+    metadata, model = read(exported)
+    assert model.platforms == ("cpu", "cuda", "tpu")
+    (image,) = model.in_avals
+    assert image.dtype == np.uint8
+    assert (str(image.shape[0]), *image.shape[1:]) == ("b", 64, 64, 3)
+    assert metadata["image_size"] == [64, 64]
+    assert metadata["category"] == "bottle"
+    assert metadata["platforms"] == ["cpu", "cuda", "tpu"]
+    run = trained.load_run(finished.workdir)
+    assert metadata["thresholds"] == run.decisions.to_json()["thresholds"]
+    assert metadata["trunk"]["sha256"] == run.trunk.sha256
+    assert metadata["checkpoint"]["step"] == runs.read_steps(finished.workdir)[-1]
+
+
+def test_choices(finished, exported, images, tmp_path, capsys):
+    run = runs.copy(finished, tmp_path)
+    shutil.copytree(run.workdir / "bottle", run.workdir / "cable")
+    path = tmp_path / "cable.zip"
+    flags = ["--category=cable", "--platforms=cpu", "--image_threshold=1e9"]
+    export.main([f"--workdir={run.workdir}", f"--output={path}", *flags])
+    assert capsys.readouterr().out.startswith("cable, step")
+    metadata, model = read(path)
+    assert model.platforms == ("cpu",)
+    assert metadata["category"] == "cable"
+    assert metadata["thresholds"]["image"] == 1e9
+    assert not np.asarray(model.call(images[:2])["is_anomalous"]).any()
+
+
+def test_other_images_are_refused(exported, images):
+    _, model = read(exported)
+    for wrong in (images[0], images[:, :32], images / 255, images[..., :1]):
+        with pytest.raises(ValueError):
+            model.call(wrong)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdir=W", "--output=none/file"], "no such folder at .*none"),
+        (["--workdir=W", "--output=."], "a folder at"),
+        (["--workdir=none", "--output=O"], "the folder of a run"),
+        (["--workdir=W", "--output=O"], r"\(bottle, cable\), found no choice"),
+        (["--workdir=W", "--output=O", "--category=nut"], "found 'nut'"),
+        (["--workdir=W", "--output=O", "--platforms=cpu,gpu"], "found 'cpu,gpu'"),
+        (["--workdir=W", "--output=O", "--platforms="], "found ''"),
+        (
+            ["--workdir=W", "--output=O", "--category=cable", "--image_threshold=nan"],
+            "finite number",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_input(finished, tmp_path, monkeypatch, flags, message):
+    run = runs.copy(finished, tmp_path)
+    shutil.copytree(run.workdir / "bottle", run.workdir / "cable")
+    run.workdir.rename(tmp_path / "W")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        export.main(flags)
+    assert not (tmp_path / "O").exists()
+
+
+def test_too_large(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(artifact, "LARGEST", 1000)
+    with pytest.raises(UserError, match=r"at most 0\.00 GB"):
+        artifact.write(trained.load_run(finished.workdir), tmp_path / "x", ("cpu",))
+
+
+def test_weights_alone(finished, images, tmp_path):
+    path = tmp_path / "bottle.safetensors"
+    export.main([f"--workdir={finished.workdir}", f"--output={path}", "--weights"])
+    metadata, weights = artifact.read_weights(path)
+    run = trained.load_run(finished.workdir)
+    runs.assert_same_arrays(weights, artifact.as_arrays(run.weights))
+    found = jax.jit(artifact.make_function(metadata["networks"], weights))(images)
+    expected = [
+        r.score for r in ulsad_jax.Detector.load(finished.workdir)(list(images))
+    ]
+    np.testing.assert_allclose(found["score"], expected, rtol=1e-5, atol=1e-5)
+    for wrong in (tmp_path / "none", finished.workdir / trained.TRUNK):
+        with pytest.raises(UserError, match="export --weights"):
+            artifact.read_weights(wrong)
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_pooling_by_slices(size):
+    from flax import linen
+
+    x = jax.random.normal(jax.random.key(0), (2, size, size + 3, 5))
+    arguments = ((3, 3), (2, 2), ((1, 1), (1, 1)))
+    expected = linen.max_pool(x, *arguments[:1], strides=(2, 2), padding=arguments[2])
+    np.testing.assert_array_equal(export_onnx.max_pool(x, *arguments), expected)
+
+
+@pytest.mark.parametrize("module", ["export", "export_onnx"])
+def test_help_needs_no_jax(module):
+    program = f"""
+import sys
+from ulsad_jax import {module}
+try:
+    {module}.main(["--help"])
+except SystemExit as stopped:
+    assert stopped.code == 0
+assert not {{"jax", "numpy"}} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -1,0 +1,92 @@
+"""Exports a category: `python -m ulsad_jax.export --workdir=RUN --output=FILE`.
+
+The file holds everything that turns images into decisions, and needs JAX alone: see
+README, section Export. Exits with 0 if it was written, 1 if not, 2 for wrong flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> None:
+    """Exports, and says what was written."""
+    flags = parse(arguments)
+    from ulsad_jax import errors
+
+    with errors.reported():
+        from ulsad_jax import artifact, trained  # not for --help: JAX takes seconds
+
+        check_output(flags.output)
+        platforms = tuple(dict.fromkeys(flags.platforms.split(",")))
+        if not set(platforms) <= set(artifact.PLATFORMS):
+            raise errors.UserError(
+                f"Expected --platforms to be some of {','.join(artifact.PLATFORMS)}, "
+                f"separated by commas, found {flags.platforms!r}. Name some of them."
+            )
+        run = trained.load_run(
+            flags.workdir,
+            flags.category,
+            selection=flags.selection,
+            image_threshold=flags.image_threshold,
+            pixel_threshold=flags.pixel_threshold,
+        )
+        if flags.weights:
+            artifact.write_weights(run, flags.output)
+        else:
+            artifact.write(run, flags.output, platforms)
+    size = flags.output.stat().st_size / 1e6
+    print(f"{run.category}, step {run.step}: {flags.output} ({size:.1f} MB)")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses the command line; exits with 2 if it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ulsad_jax.export", allow_abbrev=False, description=__doc__
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, type=_path, help="Folder that train.py wrote.")
+    add("--output", required=True, type=_path, help="File to write.")
+    add("--category", default="", help="Where the run has several.")
+    add("--platforms", default="cpu,cuda,tpu", help="To export for; also rocm.")
+    add(
+        "--weights",
+        action="store_true",
+        help="Write the weights alone, .safetensors, for ulsad_jax.export_onnx.",
+    )
+    add("--image_threshold", type=float, help="Instead of the run's.")
+    add("--pixel_threshold", type=float, help="Instead of the run's.")
+    add(
+        "--selection",
+        default="",
+        choices=["last", "best_validation_loss", "best_test_auroc"],
+        help="Another checkpoint than the config's.",
+    )
+    return parser.parse_args(arguments)
+
+
+def check_output(path: Path) -> None:
+    """Refuses a file that cannot be written, before anything is computed.
+
+    Raises:
+        UserError: its folder is not there, or it is a folder.
+    """
+    from ulsad_jax.errors import UserError
+
+    if path.is_dir() or not path.parent.is_dir():
+        found = "a folder" if path.is_dir() else "no such folder"
+        raise UserError(
+            f"Expected --output to be a file in a folder that is there, found {found} "
+            f"at {path if path.is_dir() else path.parent}. Make the folder, or name "
+            "another file."
+        )
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

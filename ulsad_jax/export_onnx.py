@@ -1,0 +1,137 @@
+"""ONNX: `python -m ulsad_jax.export_onnx --weights=FILE --output=FILE.onnx`.
+
+Needs jax2onnx and onnxruntime, in an environment of its own, because jax2onnx wants an
+older Orbax than training does. The weights come from `python -m ulsad_jax.export
+--weights`, run in the usual environment. What is written has been compared with JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+TOLERANCE = 1e-4  # of the largest value of an output
+BATCHES = (1, 3, 8)  # that are compared
+
+
+def main(arguments: list[str]) -> None:
+    """Converts, compares, writes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ulsad_jax.export_onnx", allow_abbrev=False, description=__doc__
+    )
+    parser.add_argument("--weights", required=True, type=Path, help=".safetensors")
+    parser.add_argument("--output", required=True, type=Path, help=".onnx to write.")
+    flags = parser.parse_args(arguments)
+    from ulsad_jax import errors, export, files
+
+    with errors.reported():
+        export.check_output(flags.output)
+        from ulsad_jax import artifact
+
+        metadata, weights = artifact.read_weights(flags.weights)
+        function = artifact.make_function(metadata["networks"], weights)
+        content = convert(function, metadata)
+        differences = compare(content, function, tuple(metadata["image_size"]))
+        print("\n".join(f"{name:18}{value:.1e}" for name, value in differences.items()))
+        if not max(differences.values()) <= TOLERANCE:
+            raise errors.UserError(
+                f"Expected onnxruntime to agree with JAX within {TOLERANCE:.0e} of the "
+                "largest value, found the differences above. Nothing was written; try "
+                "another version of jax2onnx or onnxruntime."
+            )
+        files.replace(flags.output, content)
+    print(f"{flags.output} ({len(content) / 1e6:.1f} MB)")
+
+
+def convert(function: Callable, metadata: Mapping[str, Any]) -> bytes:
+    """An ONNX model of any batch size: input "image", outputs by their names.
+
+    Args:
+        function: see `artifact.make_function`.
+        metadata: kept in the model, under "ulsad_jax".
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import linen
+    from jax.extend.core import jaxpr_as_fun
+    from jax2onnx import to_onnx
+
+    (batch,) = jax.export.symbolic_shape("b")
+    image = jax.ShapeDtypeStruct((batch, *metadata["image_size"], 3), jnp.uint8)
+    # Traced here, because jax2onnx puts its own layers in the place of Flax's while it
+    # traces, and its pooling takes other arguments.
+    with mock.patch.object(linen, "max_pool", max_pool):
+        jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(image)
+    model = to_onnx(
+        jaxpr_as_fun(jaxpr),
+        [image],
+        model_name="ulsad",
+        input_names=["image"],
+        output_names=sorted(outputs),  # as JAX orders a dictionary
+    )
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "ulsad_jax", json.dumps(metadata)
+    return model.SerializeToString()
+
+
+def compare(
+    content: bytes, function: Callable, image_size: tuple[int, int]
+) -> dict[str, float]:
+    """The largest difference of every output, as a share of its largest value.
+
+    Args:
+        content: of the ONNX model.
+        function: that it has to equal.
+        image_size: (height, width).
+    """
+    import jax
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    rng, differences = np.random.default_rng(0), dict.fromkeys(names, 0.0)
+    for count in BATCHES:
+        images = rng.integers(0, 256, (count, *image_size, 3), np.uint8)
+        expected = jax.device_get(jax.jit(function)(images))
+        given = session.run(names, {"image": images})
+        for name, found in zip(names, given, strict=True):
+            wanted = expected[name].astype(np.float64)
+            difference = np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-9)
+            differences[name] = max(differences[name], float(difference))
+    return differences
+
+
+def max_pool(
+    x: Float[Array, "b h w c"],
+    window_shape: tuple[int, int],
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> Float[Array, "b oh ow c"]:
+    """Flax's `max_pool` by slices: onnxruntime refuses what jax2onnx makes of that."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
+    for axis, size, stride in zip((1, 2), window_shape, strides, strict=True):
+        count = (x.shape[axis] - size) // stride + 1
+        taps = [
+            jax.lax.slice_in_dim(x, i, i + (count - 1) * stride + 1, stride, axis)
+            for i in range(size)
+        ]
+        x = functools.reduce(jnp.maximum, taps)
+    return x
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -23,7 +23,9 @@ from absl import app, flags, logging
 _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent)]
 
-_TRUNKS = flags.DEFINE_list("trunks", None, "random:<seed> or .safetensors files.")
+_TRUNKS = flags.DEFINE_list(
+    "trunks", None, "random:<seed>, builtin, or .safetensors files."
+)
 _DATASETS = flags.DEFINE_list("datasets", ["photos", "scenes"], "Which data sets.")
 _MEASURE = flags.DEFINE_enum("measure", "nn", ["nn", "ulsad"], "Which measure.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Of the data sets; 0 is to choose by.")
@@ -102,17 +104,17 @@ def open_dataset(name: str, seed: int) -> list:
 
 
 def load(spec: str):
-    """The trunk that `spec` names: "random:<seed>" or a file."""
+    """The trunk that `spec` names: "random:<seed>", "builtin" or a file."""
     from ulsad_jax import pretrained
 
     kind, _, seed = spec.partition(":")
-    random = kind == "random"
+    source = kind if kind in ("random", "builtin") else "file"
     return pretrained.load_trunk(
         architecture="resnet18",
-        source="random" if random else "file",
+        source=source,
         repository="",
-        path="" if random else spec,
-        seed=int(seed or 0) if random else 0,
+        path=spec if source == "file" else "",
+        seed=int(seed or 0) if source == "random" else 0,
     )
 
 

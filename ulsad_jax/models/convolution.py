@@ -48,7 +48,7 @@ def convolve(
 
     if stride == 1 and kernel.shape[0] % 2 == 0:
         return _with_cpu_gradient(native, taps)(x, kernel)
-    if kernel.shape[0] > 1 and x.shape[0] >= MANY_IMAGES:
+    if kernel.shape[0] > 1:
         return _with_chunked_kernel_gradient(native, stride, padding)(x, kernel)
     return native(x, kernel)
 
@@ -138,6 +138,8 @@ def _with_chunked_kernel_gradient(
     def backward(inputs, y):
         x, kernel = inputs
         to_input = jax.vjp(lambda x: native(x, kernel), x)[1](y)[0]
+        if len(x) < MANY_IMAGES:
+            return to_input, whole(x, kernel, y)
         to_kernel = jax.lax.platform_dependent(
             x, kernel, y, cpu=by_chunks, default=whole
         )

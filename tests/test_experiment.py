@@ -306,7 +306,8 @@ def test_mean_row(both):
 def test_what_a_run_leaves(finished):
     folder = finished.workdir / "bottle"
     assert {path.name for path in finished.workdir.iterdir()} == {
-        *("config.json", "trunk.safetensors", "results.json", "results.csv", "bottle")
+        *("config.json", "trunk.safetensors", "results.json", "results.csv", "bottle"),
+        "report.html",
     }
     assert len(runs.read_metrics(finished.workdir)) == runs.EPOCHS
     assert runs.read_steps(finished.workdir)[-1] == 3 * runs.EPOCHS

@@ -116,14 +116,22 @@ def max_pool(
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> Float[Array, "b oh ow c"]:
-    """Flax's `max_pool` by slices: onnxruntime refuses what jax2onnx makes of that."""
+    """Flax's `max_pool` by slices: onnxruntime refuses what jax2onnx makes of that.
+
+    The edge is repeated, which is in every window that reaches beyond it, and changes
+    no maximum; jax2onnx has no padding for batches of any size.
+    """
     import functools
 
     import jax
     import jax.numpy as jnp
 
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
-    for axis, size, stride in zip((1, 2), window_shape, strides, strict=True):
+    plan = zip((1, 2), window_shape, strides, padding, strict=True)
+    for axis, size, stride, (before, after) in plan:
+        n = x.shape[axis]
+        first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+        last = jax.lax.slice_in_dim(x, n - 1, n, axis=axis)
+        x = jnp.concatenate([first] * before + [x] + [last] * after, axis)
         count = (x.shape[axis] - size) // stride + 1
         taps = [
             jax.lax.slice_in_dim(x, i, i + (count - 1) * stride + 1, stride, axis)

@@ -12,11 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest import mock
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+from typing import Any
 
 TOLERANCE = 1e-4  # of the largest value of an output
 BATCHES = (1, 3, 8)  # that are compared
@@ -60,16 +56,13 @@ def convert(function: Callable, metadata: Mapping[str, Any]) -> bytes:
     """
     import jax
     import jax.numpy as jnp
-    from flax import linen
     from jax.extend.core import jaxpr_as_fun
     from jax2onnx import to_onnx
 
     (batch,) = jax.export.symbolic_shape("b")
     image = jax.ShapeDtypeStruct((batch, *metadata["image_size"], 3), jnp.uint8)
-    # Traced here, because jax2onnx puts its own layers in the place of Flax's while it
-    # traces, and its pooling takes other arguments.
-    with mock.patch.object(linen, "max_pool", max_pool):
-        jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(image)
+    # Traced here, because jax2onnx puts its own layers in the place of Flax's.
+    jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(image)
     model = to_onnx(
         jaxpr_as_fun(jaxpr),
         [image],
@@ -108,37 +101,6 @@ def compare(
             difference = np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-9)
             differences[name] = max(differences[name], float(difference))
     return differences
-
-
-def max_pool(
-    x: Float[Array, "b h w c"],
-    window_shape: tuple[int, int],
-    strides: tuple[int, int],
-    padding: tuple[tuple[int, int], tuple[int, int]],
-) -> Float[Array, "b oh ow c"]:
-    """Flax's `max_pool` by slices: onnxruntime refuses what jax2onnx makes of that.
-
-    The edge is repeated, which is in every window that reaches beyond it, and changes
-    no maximum; jax2onnx has no padding for batches of any size.
-    """
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-
-    plan = zip((1, 2), window_shape, strides, padding, strict=True)
-    for axis, size, stride, (before, after) in plan:
-        n = x.shape[axis]
-        first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
-        last = jax.lax.slice_in_dim(x, n - 1, n, axis=axis)
-        x = jnp.concatenate([first] * before + [x] + [last] * after, axis)
-        count = (x.shape[axis] - size) // stride + 1
-        taps = [
-            jax.lax.slice_in_dim(x, i, i + (count - 1) * stride + 1, stride, axis)
-            for i in range(size)
-        ]
-        x = functools.reduce(jnp.maximum, taps)
-    return x
 
 
 if __name__ == "__main__":

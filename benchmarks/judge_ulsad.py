@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import quickstart
-from ulsad_jax import evaluation, features, scoring, training
+from ulsad_jax import evaluation, features, inference, scoring, training
 from ulsad_jax.decisions import Thresholds
 from ulsad_jax.losses import make_loss_fn
 from ulsad_jax.models.pyramid import FeaturePyramid
@@ -27,7 +27,7 @@ def make_measure(*, epochs: int, seeds: list[int], size: int):
     loss_fn = make_loss_fn(config.losses)
     # Made once, so that every trunk, category and seed shares what is compiled.
     apply = jax.jit(pyramid.apply)
-    predict = evaluation.make_predict_step(pyramid, model)
+    predict = inference.make_predict_step(pyramid, model)
     step = training.make_train_step(model, loss_fn, optimizer)
     maps_of = jax.jit(
         lambda variables, x, image: scoring.raw_maps(
@@ -77,7 +77,7 @@ def make_measure(*, epochs: int, seeds: list[int], size: int):
         found = []
         for seed in seeds:
             variables = fit(x, category.train, category.name, seed)
-            weights = evaluation.Weights(
+            weights = inference.Weights(
                 trunk.variables,
                 statistics,
                 variables,

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from tests import runs, trees
 from tests.goldens import weights
-from ulsad_jax import evaluation, experiment, pretrained
+from ulsad_jax import evaluation, experiment, inference, pretrained
 from ulsad_jax.errors import UserError
 from ulsad_jax.metrics.image import UndefinedMetricWarning
 
@@ -21,7 +21,7 @@ def predict(image):
     """A map that is the image's first channel, and scores that follow from it."""
     anomaly_map = jnp.float32(image[..., 0])
     score = anomaly_map.max((1, 2))
-    return evaluation.Prediction(
+    return inference.Prediction(
         anomaly_map=anomaly_map,
         score=score,
         local_score=score + 1,

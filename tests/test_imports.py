@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 
@@ -22,9 +24,27 @@ from ulsad_jax import checkpoint, features, losses, scoring, torch_import, train
 from ulsad_jax.models import pyramid, ulsad
 """
 
+ONNX = """
+import sys
 
-def test_the_maths_and_the_step_need_jax_alone():
+unwanted = {"orbax", "tensorflow_datasets", "grain", "array_record", "PIL", "sklearn"}
+unwanted |= {"ml_collections", "tqdm", "matplotlib", "huggingface_hub", "jaxtyping"}
+
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name in unwanted:
+            raise ImportError(f"{name} is not where ONNX is made")
+
+
+sys.meta_path.insert(0, Refuse())
+from ulsad_jax import artifact, errors, export, files
+"""
+
+
+@pytest.mark.parametrize("program", [PROGRAM, ONNX], ids=["maths", "onnx"])
+def test_what_is_needed(program):
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr

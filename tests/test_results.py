@@ -11,7 +11,7 @@ from PIL import Image
 
 from ulsad_jax import results
 from ulsad_jax.data.records import Record
-from ulsad_jax.evaluation import Prediction
+from ulsad_jax.inference import Prediction
 from ulsad_jax.report import figures
 from ulsad_jax.writer import Writer
 

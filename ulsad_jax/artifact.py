@@ -15,7 +15,7 @@ from flax import serialization, traverse_util
 from jax import export
 
 import ulsad_jax
-from ulsad_jax import decisions, evaluation, features, files, scoring
+from ulsad_jax import decisions, features, files, inference, scoring
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.pyramid import FeaturePyramid
 from ulsad_jax.models.ulsad import Ulsad
@@ -35,7 +35,7 @@ def write(run: Run, path: Path, platforms: Sequence[str]) -> None:
     """Writes a zip file, not compressed, of `model.jax` and `metadata.json`.
 
     `model.jax` is a serialised `jax.export.Exported`: a function from images, uint8
-    [b, h, w, 3] with any b, to the fields of `evaluation.Prediction` by name, with the
+    [b, h, w, 3] with any b, to the fields of `inference.Prediction` by name, with the
     weights, the calibration and the thresholds as constants.
 
     Args:
@@ -77,7 +77,7 @@ def write_weights(run: Run, path: Path) -> None:
     files.replace(path, save(arrays, {"ulsad_jax": json.dumps(describe(run))}))
 
 
-def read_weights(path: Path) -> tuple[dict[str, Any], evaluation.Weights]:
+def read_weights(path: Path) -> tuple[dict[str, Any], inference.Weights]:
     """Reads what `write_weights` wrote: (metadata, weights).
 
     Raises:
@@ -95,7 +95,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], evaluation.Weights]:
             f"at {path}: {error}. Write it with that."
         ) from error
     tree = traverse_util.unflatten_dict(arrays, sep="/")
-    weights = evaluation.Weights(
+    weights = inference.Weights(
         trunk=tree["trunk"],
         statistics=features.ChannelStatistics(**tree["statistics"]),
         variables=tree["variables"],
@@ -106,7 +106,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], evaluation.Weights]:
 
 
 def make_function(
-    networks: Mapping[str, Any], weights: evaluation.Weights
+    networks: Mapping[str, Any], weights: inference.Weights
 ) -> Callable[[UInt8[Array, "b h w 3"]], dict[str, Array]]:
     """A function of images alone, with the weights as its constants.
 
@@ -115,7 +115,7 @@ def make_function(
         weights: of them.
     """
     dtype = jnp.dtype(networks["dtype"])
-    predict = evaluation.make_predict_step(
+    predict = inference.make_predict_step(
         FeaturePyramid(networks["architecture"], dtype),
         Ulsad(**networks["model"], dtype=dtype),
     )
@@ -150,7 +150,7 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def as_arrays(weights: evaluation.Weights) -> evaluation.Weights:
+def as_arrays(weights: inference.Weights) -> inference.Weights:
     """Thresholds and calibration as float32 arrays, too.
 
     Python's numbers would meet in float64, unlike the arguments of a jitted function.

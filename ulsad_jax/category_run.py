@@ -20,6 +20,7 @@ from ulsad_jax import (
     features,
     files,
     full_resolution,
+    inference,
     pretrained,
     results,
     stages,
@@ -73,7 +74,7 @@ class CategoryRun:
         dtype = jnp.dtype(config.train.dtype)
         self._pyramid = FeaturePyramid(config.trunk.architecture, dtype)
         self._model = training.make_model(config)
-        self._predict = evaluation.make_predict_step(self._pyramid, self._model)
+        self._predict = inference.make_predict_step(self._pyramid, self._model)
 
     def fit(self) -> int:
         """Trains what is left to train; returns the step to evaluate."""
@@ -176,7 +177,7 @@ class CategoryRun:
 
     def _measure(
         self,
-        prediction: evaluation.Prediction,
+        prediction: inference.Prediction,
         truth: evaluation.Truth,
         thresholds: Thresholds,
     ) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
@@ -207,7 +208,7 @@ class CategoryRun:
             stream = evaluation.stream_pixels(truth.masks, truth.has_mask, maps)
         return metrics, evaluation.pixel_curves(stream, loco=loco and original)
 
-    def _write_maps(self, prediction: evaluation.Prediction) -> None:
+    def _write_maps(self, prediction: inference.Prediction) -> None:
         """Writes every test image's map, in place of those of before."""
         shutil.rmtree(self._maps, ignore_errors=True)
         with stages.measure(self._folder, "maps"):
@@ -290,7 +291,7 @@ class CategoryRun:
             return None
 
         def score_test(variables, calibration) -> float:
-            weights = evaluation.Weights(
+            weights = inference.Weights(
                 self._trunk.variables, statistics, variables, calibration, Thresholds()
             )
             prediction, truth = self._predict_test(weights)
@@ -299,8 +300,8 @@ class CategoryRun:
         return score_test
 
     def _predict_test(
-        self, weights: evaluation.Weights
-    ) -> tuple[evaluation.Prediction, evaluation.Truth]:
+        self, weights: inference.Weights
+    ) -> tuple[inference.Prediction, evaluation.Truth]:
         return evaluation.predict_split(
             lambda image: self._predict(weights, image),
             self._batches(self._data.test, "test images"),
@@ -318,9 +319,9 @@ class CategoryRun:
 
     def _write_pictures(
         self,
-        prediction: evaluation.Prediction,
+        prediction: inference.Prediction,
         truth: evaluation.Truth,
-        weights: evaluation.Weights,
+        weights: inference.Weights,
     ) -> list[tuple[str, UInt8[np.ndarray, "h w 3"]]]:
         """Writes pictures of each type; returns one a type for TensorBoard."""
         folder = self._folder / PICTURES

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ulsad_jax import evaluation, trained, training
+from ulsad_jax import inference, trained, training
 from ulsad_jax.data.records import read_image, to_rgb
 from ulsad_jax.data.resize import resize_bilinear, resize_map
 from ulsad_jax.decisions import Decisions
@@ -73,14 +73,14 @@ class Detector:
     """
 
     def __init__(
-        self, config: ConfigDict, weights: evaluation.Weights, decisions: Decisions
+        self, config: ConfigDict, weights: inference.Weights, decisions: Decisions
     ):
         """Takes what `load` has read."""
         self.image_size: tuple[int, int] = tuple(config.image_size)
         self.batch_size: int = config.evaluation.batch_size
         self.decisions = decisions
         self._weights = weights
-        self._predict = evaluation.make_predict_step(
+        self._predict = inference.make_predict_step(
             FeaturePyramid(config.trunk.architecture, jnp.dtype(config.train.dtype)),
             training.make_model(config),
         )

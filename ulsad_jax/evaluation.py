@@ -4,67 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import flax.struct
 import jax
 import numpy as np
 
-from ulsad_jax import decisions, scoring
+from ulsad_jax import decisions
 from ulsad_jax.data.records import GOOD
 from ulsad_jax.errors import UserError
-from ulsad_jax.features import ChannelStatistics
+from ulsad_jax.inference import Prediction
 from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.metrics import pixel as pixel_metrics
 from ulsad_jax.metrics import stream as pixel_stream
 from ulsad_jax.metrics.curves import thin
-from ulsad_jax.models.pyramid import FeaturePyramid
-from ulsad_jax.models.ulsad import Ulsad
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, UInt8
-
-
-@flax.struct.dataclass
-class Weights:
-    """Everything that turns an image into a score, as one tree.
-
-    Attributes:
-        trunk: variables of the frozen trunk.
-        statistics: of the feature channels.
-        variables: of both networks.
-        calibration: of the maps.
-        thresholds: of scores and calibrated maps.
-    """
-
-    trunk: Mapping[str, Any]
-    statistics: ChannelStatistics
-    variables: Mapping[str, Any]
-    calibration: scoring.Calibration
-    thresholds: decisions.Thresholds
-
-
-@flax.struct.dataclass
-class Prediction:
-    """What the system says of a batch, or of a whole split.
-
-    Attributes:
-        anomaly_map: [b, h, w] float32.
-        score: [b], the maximum of the map.
-        local_score: [b], the maximum of the calibrated local map alone.
-        global_score: [b], the maximum of the calibrated global map alone.
-        normalized_score: [b], see `decisions.normalize`.
-        is_anomalous: [b] bool, whether the score is above the image threshold.
-        mask_area: [b] int32, pixels of the map above the pixel threshold.
-    """
-
-    anomaly_map: jax.Array
-    score: jax.Array
-    local_score: jax.Array
-    global_score: jax.Array
-    normalized_score: jax.Array
-    is_anomalous: jax.Array
-    mask_area: jax.Array
 
 
 class Truth(NamedTuple):
@@ -83,33 +38,6 @@ class Truth(NamedTuple):
     masks: np.ndarray
     has_mask: np.ndarray
     images: np.ndarray
-
-
-def make_predict_step(
-    pyramid: FeaturePyramid, model: Ulsad
-) -> Callable[[Weights, UInt8[Array, "b h w 3"]], Prediction]:
-    """Jits `predict(weights, image)`, from uint8 images to maps and decisions."""
-
-    @jax.jit
-    def predict(weights: Weights, image: UInt8[Array, "b h w 3"]) -> Prediction:
-        trunk = {kind: {"trunk": tree} for kind, tree in weights.trunk.items()}
-        features = weights.statistics.standardize(pyramid.apply(trunk, image))
-        outputs = model.apply(weights.variables, features, image, train=False)
-        maps = scoring.raw_maps(outputs, image.shape[1:3])
-        calibrated = scoring.calibrate_maps(maps, weights.calibration)
-        fused = scoring.fuse(maps, weights.calibration)
-        score = scoring.image_score(fused)
-        return Prediction(
-            anomaly_map=fused,
-            score=score,
-            local_score=scoring.image_score(calibrated.local),
-            global_score=scoring.image_score(calibrated.global_),
-            normalized_score=decisions.normalize(score, weights.thresholds),
-            is_anomalous=score > weights.thresholds.image,
-            mask_area=(fused > weights.thresholds.pixel).sum((1, 2), dtype=np.int32),
-        )
-
-    return predict
 
 
 def predict_split(

@@ -12,10 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 TOLERANCE = 1e-4  # of the largest value of an output
 BATCHES = (1, 3, 8)  # that are compared
@@ -64,8 +61,7 @@ def convert(function: Callable, metadata: Mapping[str, Any]) -> bytes:
 
     (batch,) = jax.export.symbolic_shape("b")
     image = jax.ShapeDtypeStruct((batch, *metadata["image_size"], 3), jnp.uint8)
-    # Traced here, because jax2onnx puts its own layers in the place of Flax's while it
-    # traces.
+    # Traced here, because jax2onnx puts its own layers in the place of Flax's.
     jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(image)
     model = to_onnx(
         jaxpr_as_fun(jaxpr),

@@ -16,7 +16,7 @@ import numpy as np
 
 from ulsad_jax import files
 from ulsad_jax.data.records import Record
-from ulsad_jax.evaluation import Prediction
+from ulsad_jax.inference import Prediction
 
 FORMAT = 1  # of results.json; a reader refuses what it does not know
 TABLE = {

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ulsad_jax import config as config_lib
-from ulsad_jax import evaluation, features, pretrained, results, scoring, training
+from ulsad_jax import features, inference, pretrained, results, scoring, training
 from ulsad_jax.checkpoint import CheckpointStore
 from ulsad_jax.decisions import Decisions
 from ulsad_jax.errors import UserError
@@ -32,7 +32,7 @@ class Trained(NamedTuple):
     """
 
     step: int
-    weights: evaluation.Weights
+    weights: inference.Weights
     decisions: Decisions
 
 
@@ -52,7 +52,7 @@ class Run(NamedTuple):
     category: str
     trunk: pretrained.TrunkIdentity
     step: int
-    weights: evaluation.Weights
+    weights: inference.Weights
     decisions: Decisions
 
 
@@ -113,7 +113,7 @@ def load(
     decisions = Decisions.from_json(stored).override(
         image=image_threshold, pixel=pixel_threshold
     )
-    weights = evaluation.Weights(
+    weights = inference.Weights(
         trunk=trunk.variables,
         statistics=features.ChannelStatistics(**model["channels"]),
         variables=model["variables"],

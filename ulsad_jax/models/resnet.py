@@ -126,7 +126,8 @@ class ResNet(nn.Module):
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
     """The maximum of 3 x 3 at stride 2, rows first: fast gradients on CPUs, too.
 
-    The edge is repeated, which changes no maximum.
+    The edge is repeated, which changes no maximum; ONNX has no padding for batches of
+    any size.
     """
     for axis in (1, 2):
         n = x.shape[axis]

@@ -105,12 +105,20 @@ def signed_distance(
     along = end - start
     glyph = jnp.full(rho.shape, jnp.inf)
     for i in range(STROKES):
-        x, y = scaled[..., 0] - start[i, 0], scaled[..., 1] - start[i, 1]
-        u, v = along[i]
-        t = jnp.clip((x * u + y * v) / jnp.maximum(u * u + v * v, 1e-6), 0, 1)
-        glyph = jnp.minimum(glyph, (x - t * u) ** 2 + (y - t * v) ** 2)
+        stroke = squared_distance_to_stroke(scaled, start[i], along[i])
+        glyph = jnp.minimum(glyph, stroke)
     glyph = jnp.sqrt(glyph)
     return radius * jnp.where(contour.is_glyph, glyph - contour.thickness, ring)
+
+
+def squared_distance_to_stroke(
+    place: Float[Array, "h w 2"], start: Float[Array, "2"], along: Float[Array, "2"]
+) -> Float[Array, "h w"]:
+    """The squared distance to the straight stroke from `start` to `start + along`."""
+    x, y = place[..., 0] - start[0], place[..., 1] - start[1]
+    u, v = along
+    t = jnp.clip((x * u + y * v) / jnp.maximum(u * u + v * v, 1e-6), 0, 1)
+    return (x - t * u) ** 2 + (y - t * v) ** 2
 
 
 class Fractal(NamedTuple):

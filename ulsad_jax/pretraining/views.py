@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ulsad_jax.pretraining.scenes import Scene
+from ulsad_jax.pretraining.shapes import squared_distance_to_stroke
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -131,10 +132,8 @@ def _draw_mask(key: jax.Array, place: Float[Array, "h w 2"]) -> Float[Array, "h 
     points = start + jnp.concatenate([jnp.zeros((1, 2)), jnp.cumsum(moves, 0)])
     nearest = jnp.full(place.shape[:2], jnp.inf)
     for i in range(STROKES):
-        x, y = place[..., 0] - points[i, 0], place[..., 1] - points[i, 1]
-        u, v = moves[i]
-        t = jnp.clip((x * u + y * v) / jnp.maximum(u * u + v * v, 1e-6), 0, 1)
-        nearest = jnp.minimum(nearest, (x - t * u) ** 2 + (y - t * v) ** 2)
+        stroke = squared_distance_to_stroke(place, points[i], moves[i])
+        nearest = jnp.minimum(nearest, stroke)
     width = jnp.where(
         thin,
         jax.random.uniform(keys[3], minval=0.5, maxval=2.0),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -12,13 +13,14 @@ import numpy as np
 from ulsad_jax.models.pyramid import FeaturePyramid
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, UInt8
+    from jaxtyping import Array, Float, Int, UInt8
 
 # A channel whose variance is below this share of its mean square never changes.
 DEAD_CHANNEL = 1e-12
 
 
-class Kept(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Kept:
     """What training needs of every image of a split, in host memory.
 
     Attributes:
@@ -28,6 +30,16 @@ class Kept(NamedTuple):
 
     features: np.ndarray
     images: np.ndarray
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.images)
+
+    def batch(
+        self, rows: Int[np.ndarray, " b"]
+    ) -> tuple[Float[np.ndarray, "b h/8 w/8 c"], UInt8[np.ndarray, "b h w 3"]]:
+        """Features and images of some rows."""
+        return self.features[rows], self.images[rows]
 
 
 @flax.struct.dataclass

@@ -66,7 +66,7 @@ def make_validate(
         pixel_fpr: see `decisions.choose`.
     """
     size = kept.images.shape[1:3]
-    count = len(kept.images)
+    count = len(kept)
 
     @jax.jit
     def step(variables, features, image, valid):
@@ -83,9 +83,7 @@ def make_validate(
             rows = np.arange(start, start + batch_size)
             valid = rows < count
             rows = rows % count
-            losses, maps = step(
-                variables, kept.features[rows], kept.images[rows], valid
-            )
+            losses, maps = step(variables, *kept.batch(rows), valid)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * int(valid.sum())
             local[rows[valid]] = np.asarray(maps.local)[valid]
@@ -145,7 +143,7 @@ class Trainer:
         self._store, self._writer, self._listing = store, writer, listing
         self._trunk = dataclasses.asdict(trunk)
         batch = config.train.batch_size
-        self._steps_per_epoch = training.steps_per_epoch(len(train.images), batch)
+        self._steps_per_epoch = training.steps_per_epoch(len(train), batch)
         model = training.make_model(config)
         optimizer = training.make_optimizer(**config.optimizer)
         key = jax.random.fold_in(
@@ -198,7 +196,7 @@ class Trainer:
         config, per_epoch = self._config, self._steps_per_epoch
         batch = config.train.batch_size
         order = training.epoch_order(
-            len(self._train.images),
+            len(self._train),
             seed=config.seed,
             category=self._category,
             epoch=epoch,
@@ -213,7 +211,7 @@ class Trainer:
         for i in steps:
             rows = order[i * batch : (i + 1) * batch]
             self._state, losses = self._train_step(
-                self._state, self._train.features[rows], self._train.images[rows]
+                self._state, *self._train.batch(rows)
             )
             if pending is not None:
                 self._count(epoch * per_epoch + i, pending)

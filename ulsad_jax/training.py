@@ -104,12 +104,20 @@ def init_state(
 def make_train_step(
     model: Ulsad, loss_fn: Callable, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """Jits one update: `step(state, features, image) -> (state, losses)`.
+    """Jits `make_update`'s function; the state is donated."""
+    return jax.jit(make_update(model, loss_fn, optimizer), donate_argnums=0)
 
-    The state is donated. Losses are the total and every term, before the update.
+
+def make_update(
+    model: Ulsad, loss_fn: Callable, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """One update as a pure function: `update(state, features, image)`.
+
+    It returns the new state, and the total and every term of the losses before the
+    update.
     """
 
-    def step(
+    def update(
         state: TrainState,
         features: Float[Array, "b h/8 w/8 c"],
         image: UInt8[Array, "b h w 3"],
@@ -136,7 +144,7 @@ def make_train_step(
         )
         return state, {TOTAL: total, **terms}
 
-    return jax.jit(step, donate_argnums=0)
+    return update
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:

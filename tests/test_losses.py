@@ -196,6 +196,10 @@ def own_terms(tmp_path, monkeypatch):
         "    return outputs['local'].mean((1, 2, 3)) + len(options)\n"
         "def scalar(outputs):\n"
         "    return outputs['local'].mean()\n"
+        "def ramp(outputs, *, step, length):\n"
+        "    share = step / length\n"
+        "    return share * (share < 1) * outputs['local'].mean((1, 2, 3)) + (\n"
+        "        (share >= 1) * outputs['local'].mean((1, 2, 3)))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -238,3 +242,62 @@ def test_own_term_of_the_wrong_shape(own_terms):
     loss_fn = losses.make_loss_fn({"mine": entry("own_terms:scalar")})
     with pytest.raises(UserError, match=r"'mine'.*\(3,\), found shape \(\)"):
         loss_fn(draw_outputs())
+
+
+def test_step_reaches_the_terms_that_ask_for_it(own_terms):
+    outputs = draw_outputs()
+    config = {"s": entry("own_terms:ramp", 2.0, length=8), "l": entry("local")}
+    loss_fn = jax.jit(losses.make_loss_fn(config))
+    plain = outputs["local"].mean()
+    for step, share in ((0, 0), (2, 0.25), (8, 1), (99, 1)):
+        total, means = loss_fn(outputs, step=step)
+        assert float(means["s"]) == pytest.approx(share * plain, rel=1e-5)
+        expected = 2 * share * plain + float(means["l"])
+        assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_numbers_replace_those_of_the_config():
+    outputs, config = draw_outputs(), full_config()
+    numbers = {"local": {"weight": 4.0}, "consistency": {"cosine_weight": 0.1}}
+    expected = losses.make_loss_fn(
+        config
+        | {
+            "local": entry("local", 4.0, cosine_weight=0.2),
+            "consistency": entry("consistency", 3.0, cosine_weight=0.1),
+        }
+    )(outputs)
+    loss_fn = losses.make_loss_fn(config)
+    found = jax.jit(lambda numbers: loss_fn(outputs, numbers=numbers))(numbers)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected
+    )
+    before, _ = losses.make_loss_fn(config)(outputs)
+    assert float(loss_fn(outputs)[0]) == float(before)
+
+
+def test_numbers_vary_in_one_program():
+    outputs, loss_fn = draw_outputs(), losses.make_loss_fn(full_config())
+    weights = jnp.array([0.0, 0.5, 2.0])
+    totals = jax.vmap(lambda w: loss_fn(outputs, numbers={"local": {"weight": w}})[0])
+    expected = [
+        loss_fn(outputs, numbers={"local": {"weight": float(w)}})[0] for w in weights
+    ]
+    np.testing.assert_allclose(totals(weights), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"locla": {"weight": 1.0}}, r"\(local, attention, consistency\), found locla"),
+        ({"local": {"weigth": 1.0}}, r"losses\.local .*cosine_weight.*'weigth'"),
+    ],
+)
+def test_numbers_of_nothing(numbers, message):
+    with pytest.raises(UserError, match=message):
+        losses.make_loss_fn(full_config())(draw_outputs(), numbers=numbers)
+
+
+def test_step_is_not_a_hyperparameter(own_terms):
+    config = {"s": entry("own_terms:ramp", length=8, step=3)}
+    with pytest.raises(UserError, match=r"losses\.s without `step`.*found 3"):
+        losses.make_loss_fn(config)

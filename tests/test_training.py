@@ -148,7 +148,7 @@ def test_validation_averages_over_the_images(parts, count):
     validate = trainer.make_validate(
         model, loss_fn, kept, batch_size=3, method="quantile", **RATES
     )
-    found = validate(variables)
+    found = validate(variables, 0)
     assert found.losses == pytest.approx(
         {"total": float(total)} | {k: float(v) for k, v in terms.items()}, rel=1e-5
     )
@@ -169,6 +169,27 @@ def test_validation_without_calibration(parts):
     validate = trainer.make_validate(
         model, loss_fn, make_kept(2), batch_size=3, method="none", **RATES
     )
-    calibration = validate(init(parts).variables).calibration
+    calibration = validate(init(parts).variables, 0).calibration
     assert (calibration.local_offset, calibration.local_scale) == (0, 1)
     assert calibration.display_low < calibration.display_high
+
+
+def test_terms_are_told_the_updates_so_far(parts):
+    model, _, optimizer = parts
+    loss_fn = make_loss_fn(
+        {"count": {"term": "tests.test_training:count_updates", "weight": 1.0}}
+    )
+    step = training.make_train_step(model, loss_fn, optimizer)
+    state, kept, counts = init(parts), make_kept(BATCH), []
+    for _ in range(3):
+        state, losses = step(state, kept.features, kept.images)
+        counts.append(float(losses["count"]))
+    assert counts == [0, 1, 2]
+    validate = trainer.make_validate(
+        model, loss_fn, kept, batch_size=3, method="none", **RATES
+    )
+    assert validate(state.variables, 3).losses["count"] == 3
+
+
+def count_updates(outputs, *, step):
+    return step + 0 * outputs["local"].mean((1, 2, 3))

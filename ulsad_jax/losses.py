@@ -5,6 +5,8 @@ A term is a pure function `term(outputs, **hyperparameters) -> per-example losse
 
     config.losses.attention = {"term": "attention", "weight": 1.0, "cosine_weight": 0.5}
     config.losses.mine = {"term": "my_package.my_file:my_term", "weight": 0.1}
+
+A term that takes a keyword `step` is given the number of updates so far.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +23,15 @@ from ulsad_jax.errors import UserError
 from ulsad_jax.models.ulsad import Outputs
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Bool, Float, Int
 
     LossTerm = Callable[..., Float[Array, " b"]]
     LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+    Numbers = Mapping[str, Mapping[str, float | Float[Array, ""]]]
 
 COSINE_EPSILON = 1e-8
 TOTAL = "total"  # what the sum of all terms is called, so no term can be
+STEP = "step"  # the keyword by which a term asks for the number of updates so far
 
 
 def distance(
@@ -94,8 +98,11 @@ def make_loss_fn(config: Mapping[str, Mapping[str, Any]]) -> LossFn:
             own), a `weight`, and the term's own keyword arguments.
 
     Returns:
-        `loss_fn(outputs, valid=None) -> (total, {entry: mean loss})`: the weighted
-        total, and each term before weighting. `valid` [b] leaves padded rows out.
+        `loss_fn(outputs, valid=None, *, step=0, numbers=None)`, which returns (total,
+        {entry: mean loss}): the weighted total, and each term before weighting.
+        `valid` [b] leaves padded rows out, `step` counts the updates so far, and
+        `numbers` {entry: {name: number}} replaces weights and hyperparameters. Both
+        may be traced.
 
     Raises:
         UserError: no entry; an unknown term; a hyperparameter the term does not take.
@@ -105,17 +112,21 @@ def make_loss_fn(config: Mapping[str, Mapping[str, Any]]) -> LossFn:
             "Expected at least one entry in config.losses, found none. Known terms: "
             f"{', '.join(TERMS)}; your own are written module:function."
         )
-    terms = {name: _resolve(name, entry) for name, entry in config.items()}
+    entries = {name: _resolve(name, fields) for name, fields in config.items()}
 
     def loss_fn(
-        outputs: Outputs, valid: Bool[Array, " b"] | None = None
+        outputs: Outputs,
+        valid: Bool[Array, " b"] | None = None,
+        *,
+        step: int | Int[Array, ""] = 0,
+        numbers: Numbers | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         batch = outputs["features"].shape[0]
         mask = jnp.ones(batch) if valid is None else valid.astype(jnp.float32)
         means = {}
         total = jnp.zeros(())
-        for name, (term, weight, hyperparameters) in terms.items():
-            per_example = jnp.asarray(term(outputs, **hyperparameters))
+        for name, entry in _replace(entries, numbers or {}).items():
+            per_example = jnp.asarray(entry.call(outputs, step))
             if per_example.shape != (batch,):
                 raise UserError(
                     f"Expected loss term {name!r} to return one loss an example, "
@@ -123,10 +134,47 @@ def make_loss_fn(config: Mapping[str, Mapping[str, Any]]) -> LossFn:
                     "over positions, not over the batch."
                 )
             means[name] = (per_example * mask).sum() / jnp.maximum(mask.sum(), 1)
-            total += weight * means[name]
+            total += entry.weight * means[name]
         return total, means
 
     return loss_fn
+
+
+class _Entry(NamedTuple):
+    """What one entry of the config says."""
+
+    reference: str
+    term: LossTerm
+    weight: float | Float[Array, ""]
+    hyperparameters: dict[str, Any]
+
+    def call(self, outputs: Outputs, step: int | Int[Array, ""]) -> Float[Array, " b"]:
+        """The term's losses; `step` only if it asks for it."""
+        asks = STEP in inspect.signature(self.term).parameters
+        extra = {STEP: step} if asks else {}
+        return self.term(outputs, **self.hyperparameters, **extra)
+
+
+def _replace(entries: Mapping[str, _Entry], numbers: Numbers) -> dict[str, _Entry]:
+    """The entries with other weights and hyperparameters.
+
+    Raises:
+        UserError: an entry or a hyperparameter that is not there.
+    """
+    if unknown := sorted(numbers.keys() - entries.keys()):
+        raise UserError(
+            f"Expected numbers of entries in config.losses ({', '.join(entries)}), "
+            f"found {', '.join(unknown)}. Correct the names."
+        )
+    replaced = dict(entries)
+    for name, given in numbers.items():
+        entry = entries[name]
+        weight = given.get("weight", entry.weight)
+        others = {key: value for key, value in given.items() if key != "weight"}
+        hyperparameters = entry.hyperparameters | others
+        _check_hyperparameters(name, entry.reference, entry.term, hyperparameters)
+        replaced[name] = entry._replace(weight=weight, hyperparameters=hyperparameters)
+    return replaced
 
 
 def _cosine(a: Float[Array, "*n c"], b: Float[Array, "*n c"]) -> Float[Array, "*n"]:
@@ -136,9 +184,7 @@ def _cosine(a: Float[Array, "*n c"], b: Float[Array, "*n c"]) -> Float[Array, "*
     return (a * b).sum(-1) / (norm_a * norm_b)
 
 
-def _resolve(
-    name: str, entry: Mapping[str, Any]
-) -> tuple[LossTerm, float, dict[str, Any]]:
+def _resolve(name: str, entry: Mapping[str, Any]) -> _Entry:
     """The function, weight and hyperparameters of one config entry."""
     hyperparameters = dict(entry) if hasattr(entry, "keys") else {}
     if missing := [key for key in ("term", "weight") if key not in hyperparameters]:
@@ -159,7 +205,7 @@ def _resolve(
         )
     term = TERMS[reference] if reference in TERMS else _import_term(name, reference)
     _check_hyperparameters(name, reference, term, hyperparameters)
-    return term, weight, hyperparameters
+    return _Entry(reference, term, weight, hyperparameters)
 
 
 def _check_hyperparameters(
@@ -169,6 +215,11 @@ def _check_hyperparameters(
     _, *accepted = inspect.signature(term).parameters.values()
     anything = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = {p.name: p for p in accepted if p.kind not in anything}
+    if named.pop(STEP, None) and STEP in given:
+        raise UserError(
+            f"Expected config.losses.{name} without `step`, which training gives "
+            f"{reference}, found {given[STEP]!r}. Remove it, or rename the term's own."
+        )
     needed = {key for key, p in named.items() if p.default is p.empty}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted)
     unknown = set() if takes_any else given.keys() - named.keys()

@@ -53,8 +53,8 @@ def make_validate(
     method: str,
     image_fpr: float,
     pixel_fpr: float,
-) -> Callable[[Mapping[str, Any]], Validation]:
-    """Returns `validate(variables)` over the validation normals.
+) -> Callable[[Mapping[str, Any], int], Validation]:
+    """Returns `validate(variables, updates so far)` over the validation normals.
 
     Args:
         model: the networks.
@@ -69,12 +69,12 @@ def make_validate(
     count = len(kept)
 
     @jax.jit
-    def step(variables, features, image, valid):
+    def step(variables, features, image, valid, updates):
         outputs = model.apply(variables, features, image, train=False)
-        total, terms = loss_fn(outputs, valid)
+        total, terms = loss_fn(outputs, valid, step=updates)
         return {training.TOTAL: total, **terms}, scoring.raw_maps(outputs, size)
 
-    def validate(variables: Mapping[str, Any]) -> Validation:
+    def validate(variables: Mapping[str, Any], updates: int) -> Validation:
         sums: dict[str, float] = {}
         local = np.empty((count, *size), np.float32)
         global_ = np.empty_like(local)
@@ -83,7 +83,7 @@ def make_validate(
             rows = np.arange(start, start + batch_size)
             valid = rows < count
             rows = rows % count
-            losses, maps = step(variables, *kept.batch(rows), valid)
+            losses, maps = step(variables, *kept.batch(rows), valid, updates)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * int(valid.sum())
             local[rows[valid]] = np.asarray(maps.local)[valid]
@@ -114,7 +114,7 @@ class Trainer:
         train: Kept,
         statistics: ChannelStatistics,
         loss_fn: Callable,
-        validate: Callable[[Mapping[str, Any]], Validation],
+        validate: Callable[[Mapping[str, Any], int], Validation],
         store: CheckpointStore,
         writer: Writer,
         listing: str,
@@ -248,7 +248,7 @@ class Trainer:
         record: dict[str, float] = {f"loss/{k}": v for k, v in losses.items()}
         last = epoch + 1 == config.num_epochs
         if last or (epoch + 1) % config.checkpoint_every == 0:
-            validation = self._validate(self._state.variables)
+            validation = self._validate(self._state.variables, step)
             # The losses above are from before the last update.
             self._check_finite(validation.losses, f"in validation after step {step}")
             record |= {f"validation/{k}": v for k, v in validation.losses.items()}

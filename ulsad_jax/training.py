@@ -130,7 +130,7 @@ def make_update(
                 train=True,
                 mutable=["batch_stats"],
             )
-            total, terms = loss_fn(outputs)
+            total, terms = loss_fn(outputs, step=state.step)
             return total, (terms, updated["batch_stats"])
 
         gradient_fn = jax.value_and_grad(loss, has_aux=True)

@@ -196,6 +196,10 @@ def own_terms(tmp_path, monkeypatch):
         "    return outputs['local'].mean((1, 2, 3)) + len(options)\n"
         "def scalar(outputs):\n"
         "    return outputs['local'].mean()\n"
+        "def nothing():\n"
+        "    return 0\n"
+        "def keywords(*, a=1):\n"
+        "    return a\n"
         "def ramp(outputs, *, step, length):\n"
         "    share = step / length\n"
         "    return share * (share < 1) * outputs['local'].mean((1, 2, 3)) + (\n"
@@ -231,6 +235,14 @@ def test_own_term_that_takes_any_hyperparameter(own_terms):
         ({"a": entry("no_such_module:f")}, "importable.*no_such_module"),
         ({"a": entry("own_terms:g")}, "importable.*'g'"),
         ({"a": entry("own_terms:power", base=2)}, r"exponent.*\['base'\]"),
+        ({"a": entry("locla")}, r"found 'locla'.*Did you mean 'local'\?"),
+        ({"a": entry("own_terms:powr")}, r"importable.*Did you mean 'power'\?"),
+        (
+            {"a": entry("own_terms:power", exponnet=2)},
+            r"\['exponnet'\].*Did you mean 'exponent'\?",
+        ),
+        ({"a": entry("own_terms:nothing")}, r"outputs first, found \(\)"),
+        ({"a": entry("own_terms:keywords")}, r"outputs first, found \(\*, a=1\)"),
     ],
 )
 def test_config_errors(own_terms, config, message):
@@ -240,7 +252,7 @@ def test_config_errors(own_terms, config, message):
 
 def test_own_term_of_the_wrong_shape(own_terms):
     loss_fn = losses.make_loss_fn({"mine": entry("own_terms:scalar")})
-    with pytest.raises(UserError, match=r"'mine'.*\(3,\), found shape \(\)"):
+    with pytest.raises(UserError, match=r"'mine'.*\(3,\), float32, found shape \(\)"):
         loss_fn(draw_outputs())
 
 

@@ -111,9 +111,14 @@ def test_output_shapes(size):
     grid = (2, height // 8, width // 8)
     features, image = spec(*grid, 384), spec(2, *size, 3)
     _, outputs = shapes(Ulsad(), features, image, train=False)
-    assert outputs.keys() == {"features", "local", "predicted_global", "global_"}
+    codes = {
+        "local_code": (2, height // 32, width // 32, 1536),
+        "global_code": (2, 64),
+    }
+    maps = ("features", "local", "predicted_global", "global_")
+    found = {name: output.shape for name, output in outputs.items()}
+    assert found == dict.fromkeys(maps, (*grid, 384)) | codes
     for output in outputs.values():
-        assert output.shape == (*grid, 384)
         assert output.dtype == jnp.float32
     _, features = shapes(FeaturePyramid("resnet18"), image)
     assert features.shape == (*grid, 384)
@@ -216,3 +221,23 @@ def test_pyramid_takes_bytes_or_floats():
     features = [jax.jit(model.apply)(variables, x) for x in (image, as_float)]
     np.testing.assert_allclose(*features, rtol=1e-4, atol=1e-5)
     assert np.abs(features[0]).max() > 0
+
+
+def test_codes_are_what_the_decoders_read(variables):
+    """Flax's own record of the layers says so."""
+    features, image = small_inputs()
+    outputs, state = Ulsad(16).apply(
+        variables,
+        features,
+        image,
+        train=False,
+        capture_intermediates=lambda module, _: module.name in ("bn3", "bn2d6"),
+        mutable=["intermediates"],
+    )
+    seen = state["intermediates"]
+    (local,) = seen["local"]["bn3"]["__call__"]
+    (global_,) = seen["global"]["bn2d6"]["__call__"]
+    np.testing.assert_array_equal(outputs["local_code"], local)
+    np.testing.assert_array_equal(
+        outputs["global_code"], np.maximum(global_[:, 0, 0], 0)
+    )

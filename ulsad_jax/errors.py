@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _STORAGE = {
@@ -40,6 +41,12 @@ class UserError(Exception):
     The message says what was expected, what was found, where, and what to do. The
     command-line programs print it without a traceback.
     """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest known one, if any."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 class Interrupted(Exception):

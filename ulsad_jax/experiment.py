@@ -12,13 +12,12 @@ import jax
 from ml_collections import ConfigDict
 
 from ulsad_jax import config as config_lib
-from ulsad_jax import pretrained, results
+from ulsad_jax import loss_check, pretrained, results
 from ulsad_jax.category_run import MAPS, RESULTS, CategoryRun
 from ulsad_jax.data import synthetic
 from ulsad_jax.data.layouts import select_categories
 from ulsad_jax.data.pipeline import Category, open_category
 from ulsad_jax.errors import UserError
-from ulsad_jax.losses import make_loss_fn
 from ulsad_jax.report import page
 from ulsad_jax.trained import CHECKPOINTS, CONFIG, TRUNK
 
@@ -38,9 +37,10 @@ def train(config: ConfigDict, workdir: Path) -> str:
         errors.Interrupted: by a signal, after saving.
     """
     config_lib.validate(config)
-    make_loss_fn(config.losses)  # before anything is written
     _check_workdir(config, workdir)
     _cache_compilations(config)
+    if warning := loss_check.check(config):  # before anything is written
+        print(warning)
     categories = list_categories(config)
     trunk = _claim(config, workdir)
     for category in categories:

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ulsad_jax.errors import UserError
+from ulsad_jax.errors import UserError, suggest
 from ulsad_jax.models.ulsad import Outputs
 
 if TYPE_CHECKING:
@@ -126,13 +128,7 @@ def make_loss_fn(config: Mapping[str, Mapping[str, Any]]) -> LossFn:
         means = {}
         total = jnp.zeros(())
         for name, entry in _replace(entries, numbers or {}).items():
-            per_example = jnp.asarray(entry.call(outputs, step))
-            if per_example.shape != (batch,):
-                raise UserError(
-                    f"Expected loss term {name!r} to return one loss an example, "
-                    f"shape ({batch},), found shape {per_example.shape}. Average "
-                    "over positions, not over the batch."
-                )
+            per_example = entry.call(name, outputs, step)
             means[name] = (per_example * mask).sum() / jnp.maximum(mask.sum(), 1)
             total += entry.weight * means[name]
         return total, means
@@ -148,11 +144,47 @@ class _Entry(NamedTuple):
     weight: float | Float[Array, ""]
     hyperparameters: dict[str, Any]
 
-    def call(self, outputs: Outputs, step: int | Int[Array, ""]) -> Float[Array, " b"]:
-        """The term's losses; `step` only if it asks for it."""
+    def call(
+        self, name: str, outputs: Outputs, step: int | Int[Array, ""]
+    ) -> Float[Array, " b"]:
+        """The term's losses; `step` only if it asks for it.
+
+        Raises:
+            UserError: it asks for an output that is not there, or returns anything but
+                one floating-point number an example.
+        """
         asks = STEP in inspect.signature(self.term).parameters
         extra = {STEP: step} if asks else {}
-        return self.term(outputs, **self.hyperparameters, **extra)
+        try:
+            found = self.term(outputs, **self.hyperparameters, **extra)
+        except KeyError as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"Expected loss term {name!r} to use outputs of the networks "
+                f"({', '.join(outputs)}), found {error} in {place.filename}, line "
+                f"{place.lineno}. Correct the name."
+                f"{suggest(str(error.args[0]), outputs)}"
+            ) from error
+        shape = (outputs["features"].shape[0],)
+        expected = (
+            f"Expected loss term {name!r} ({self.reference}) to return one loss an "
+            f"example, shape {shape}, float32, found"
+        )
+        if not isinstance(found, jax.Array | np.ndarray | np.generic):
+            raise UserError(
+                f"{expected} {type(found).__name__}. Return a jax.numpy array."
+            )
+        if found.shape != shape:
+            raise UserError(
+                f"{expected} shape {found.shape}. Average over positions and channels, "
+                "not over the batch."
+            )
+        if not jnp.issubdtype(found.dtype, jnp.floating):
+            raise UserError(
+                f"{expected} {found.dtype}, which has no gradient. Compute with "
+                "floating-point numbers: a comparison or a count alone trains nothing."
+            )
+        return found
 
 
 def _replace(entries: Mapping[str, _Entry], numbers: Numbers) -> dict[str, _Entry]:
@@ -165,6 +197,7 @@ def _replace(entries: Mapping[str, _Entry], numbers: Numbers) -> dict[str, _Entr
         raise UserError(
             f"Expected numbers of entries in config.losses ({', '.join(entries)}), "
             f"found {', '.join(unknown)}. Correct the names."
+            f"{suggest(unknown[0], entries)}"
         )
     replaced = dict(entries)
     for name, given in numbers.items():
@@ -212,7 +245,17 @@ def _check_hyperparameters(
     name: str, reference: str, term: LossTerm, given: Mapping[str, Any]
 ) -> None:
     """Refuses what a term does not take, and the lack of what it needs."""
-    _, *accepted = inspect.signature(term).parameters.values()
+    parameters = list(inspect.signature(term).parameters.values())
+    if not parameters or parameters[0].kind in (
+        inspect.Parameter.KEYWORD_ONLY,
+        inspect.Parameter.VAR_KEYWORD,
+    ):
+        raise UserError(
+            f"Expected config.losses.{name}.term = {reference!r} to take the networks' "
+            f"outputs first, found {inspect.signature(term)}. Write it as "
+            "def term(outputs, *, ...)."
+        )
+    accepted = parameters[1:]
     anything = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = {p.name: p for p in accepted if p.kind not in anything}
     if named.pop(STEP, None) and STEP in given:
@@ -229,6 +272,7 @@ def _check_hyperparameters(
             f"({', '.join(named) or 'nothing'}; without a default: "
             f"{', '.join(needed) or 'none'}), found {sorted(given)}. Add, remove or "
             "rename them."
+            f"{suggest(min(unknown, default=''), named)}"
         )
 
 
@@ -237,10 +281,14 @@ def _import_term(name: str, reference: str) -> LossTerm:
     if not function:
         raise UserError(
             f"Expected config.losses.{name}.term to be one of {', '.join(TERMS)}, or "
-            f"your own as module:function, found {reference!r}."
+            f"your own as module:function, found {reference!r}. Correct it."
+            f"{suggest(str(reference), TERMS)}"
         )
+    names: list[str] = []
     try:
-        term = getattr(importlib.import_module(module), function)
+        imported = importlib.import_module(module)
+        names = dir(imported)
+        term = getattr(imported, function)
         inspect.signature(term)
         return term
     except (ImportError, AttributeError, TypeError, ValueError) as error:
@@ -248,4 +296,5 @@ def _import_term(name: str, reference: str) -> LossTerm:
             f"Expected config.losses.{name}.term = {reference!r} to be importable as a "
             f"function, found: {error}. Run from the folder that holds "
             f"{module.split('.')[0]}, or put it on PYTHONPATH."
+            f"{suggest(function, set(names) - {function})}"
         ) from error

@@ -41,8 +41,8 @@ class GlobalAutoencoder(nn.Module):
         image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"],
         *,
         train: bool,
-    ) -> Float[Array, "b h/8 w/8 channels"]:
-        """Returns predicted features; h and w are multiples of 32, from 64."""
+    ) -> tuple[Float[Array, "b h/8 w/8 channels"], Float[Array, "b 64"]]:
+        """Returns predicted features and code; h and w are multiples of 32, from 64."""
         height, width = image.shape[1:3]
 
         def normalized(x, index):
@@ -58,10 +58,11 @@ class GlobalAutoencoder(nn.Module):
             x = conv(x, f"enconv{i}", features, (4, 4), stride=2, padding=1)
             x = normalized(x, i)
         x = normalized(conv(x, "enconv6", 64, x.shape[1:3]), 6)
+        code = x[:, 0, 0]
         *sizes, last = zip(decoder_sizes(height), decoder_sizes(width), strict=True)
         for i, size in enumerate(sizes, start=1):
             x = conv(resize(x, size), f"deconv{i}", 64, (4, 4), padding=2)
             x = normalized(x, i + 6)
         x = conv(resize(x, last), "deconv7", 64, (3, 3), padding=1)
         x = conv(normalized(x, 12), "deconv8", self.channels, (3, 3), padding=1)
-        return x.astype(jnp.float32)
+        return x.astype(jnp.float32), code.astype(jnp.float32)

@@ -33,8 +33,8 @@ class LocalReconstructor(nn.Module):
     @nn.compact
     def __call__(
         self, features: Float[Array, "b h w c"], *, train: bool
-    ) -> Float[Array, "b h w 2*c"]:
-        """Returns the reconstruction in [..., :c], the prediction in [..., c:]."""
+    ) -> tuple[Float[Array, "b h w 2*c"], Float[Array, "b h/4 w/4 width"]]:
+        """Returns reconstruction [..., :c] with prediction [..., c:], and the code."""
         width, channels = self.width, features.shape[-1]
         encoder = ((width // 2, 2), (width, 2), (width, 1))
         decoder = (
@@ -56,6 +56,7 @@ class LocalReconstructor(nn.Module):
             x = BatchNorm(name=f"bn{i}")(x, train=train)
             if i < len(encoder):
                 x = nn.relu(x)
+        code = x
         for i, (out, kernel, stride, padding) in enumerate(decoder, start=1):
             x = ConvTranspose(
                 out, kernel, stride, padding, dtype=self.dtype, name=f"deconv{i}"
@@ -63,4 +64,5 @@ class LocalReconstructor(nn.Module):
             x = BatchNorm(name=f"bn{i + 3}")(x, train=train)
             if i < len(decoder):
                 x = nn.relu(x)
-        return ACTIVATIONS[self.output_activation](x).astype(jnp.float32)
+        x = ACTIVATIONS[self.output_activation](x)
+        return x.astype(jnp.float32), code.astype(jnp.float32)

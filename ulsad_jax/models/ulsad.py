@@ -17,19 +17,36 @@ if TYPE_CHECKING:
 
 
 class Outputs(TypedDict):
-    """What loss terms and scores are made of; each is [b, h/8, w/8, c], float32.
+    """What loss terms and scores are made of, float32.
+
+    For images of h x w pixels and a trunk that gives c channels. A compiled program
+    leaves out what it does not use.
 
     Attributes:
-        features: x, the standardised features of the image (constant).
-        local: r, the local reconstruction of x.
-        predicted_global: p, the local network's prediction of g.
-        global_: g, the global autoencoder's output.
+        features: x, the standardised features of the image (constant),
+            [b, h/8, w/8, c].
+        local: r, the local reconstruction of x, [b, h/8, w/8, c].
+        predicted_global: p, the local network's prediction of g, [b, h/8, w/8, c].
+        global_: g, the global autoencoder's output, [b, h/8, w/8, c].
+        local_code: the local network's narrowest grid, after batch norm,
+            [b, h/32, w/32, local_width].
+        global_code: the vector between the autoencoder's encoder and decoder, after
+            batch norm and ReLU, [b, 64].
     """
 
     features: jax.Array
     local: jax.Array
     predicted_global: jax.Array
     global_: jax.Array
+    local_code: jax.Array
+    global_code: jax.Array
+
+
+# The outputs of each network, by its name among the parameters.
+NETWORKS = {
+    "local": ("local", "predicted_global", "local_code"),
+    "global": ("global_", "global_code"),
+}
 
 
 class Ulsad(nn.Module):
@@ -61,10 +78,10 @@ class Ulsad(nn.Module):
             train: batch norm by the batch; `batch_stats` must then be mutable.
         """
         channels = features.shape[-1]
-        local = LocalReconstructor(
+        local, local_code = LocalReconstructor(
             self.local_width, self.output_activation, self.dtype, name="local"
         )(features, train=train)
-        global_ = GlobalAutoencoder(channels, self.dtype, name="global")(
+        global_, global_code = GlobalAutoencoder(channels, self.dtype, name="global")(
             image, train=train
         )
         return Outputs(
@@ -72,4 +89,6 @@ class Ulsad(nn.Module):
             local=local[..., :channels],
             predicted_global=local[..., channels:],
             global_=global_,
+            local_code=local_code,
+            global_code=global_code,
         )

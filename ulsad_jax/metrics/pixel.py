@@ -1,8 +1,8 @@
 """Pixel-level metrics over all pixels of all test images, normal images included.
 
 A larger value of a map means more anomalous, and equal values are one point of a
-curve. Everything comes from one descending sort of all pixels, O(N log N), without
-binning or resampling. A metric that the masks leave undefined is NaN, with an
+curve. Everything comes from one sort of all pixels, O(N log N), without binning or
+resampling. A metric that the masks leave undefined is NaN, with an
 `UndefinedMetricWarning`; never 0 or 1.
 """
 
@@ -118,27 +118,29 @@ class _Sweep(NamedTuple):
 
 def _sweep(masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"]) -> _Sweep:
     """Lowers the threshold through all values; there is at least one region."""
-    order = np.argsort(maps, axis=None)[::-1]  # reversed, as -maps wraps unsigned
-    descending = maps.ravel()[order]
-    ends = find_tie_ends(descending)
-    weights = _weigh_all(masks).ravel()[order]
+    ascending = np.sort(maps, axis=None)
+    # All values are sorted without their pixels, which is several times faster; the
+    # defective pixels, of which there are few, then look up where theirs are.
+    starts = np.append(0, find_tie_ends(ascending)[:-1] + 1)
+    thresholds = ascending[starts]
+    places = np.searchsorted(thresholds, maps[masks])
+    count = len(thresholds)
+    weights = np.bincount(places, _weigh_all(masks), count)[::-1]
     # The weights add up to the number of regions, so that dividing by the last sum
     # gives the mean, and an end of exactly 1.
-    pro = np.cumsum(weights)[ends]
+    pro = np.cumsum(weights)
     return _Sweep(
-        thresholds=descending[ends],
-        true_positives=np.cumsum(weights > 0)[ends],
-        predicted=ends + 1,
+        thresholds=thresholds[::-1],
+        true_positives=np.cumsum(np.bincount(places, minlength=count)[::-1]),
+        predicted=maps.size - starts[::-1],
         pro=pro / pro[-1],
     )
 
 
-def _weigh_all(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n h w"]:
-    """1 / (size of its region) at a defective pixel, 0 at a normal one."""
-    weights = np.zeros(masks.shape)
-    for i in np.flatnonzero(masks.any(axis=(1, 2))):
-        weights[i][masks[i]] = weigh_regions(masks[i])
-    return weights
+def _weigh_all(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, " k"]:
+    """1 / (size of its region) of each defective pixel, in the order of `masks`."""
+    defective = masks.any(axis=(1, 2))
+    return np.concatenate([weigh_regions(mask) for mask in masks[defective]])
 
 
 def _area(curve: _Sweep) -> float:

@@ -89,6 +89,10 @@ def get_config(category: str = "all") -> ConfigDict:
     # Computation type of trunk and networks: "float32" or "bfloat16". Parameters,
     # losses and scores are float32.
     train.dtype = "float32"
+    # Share of the machine's memory that the training and validation images and their
+    # features may take. Where they need more, features are not kept, and each step
+    # runs the trunk, too; 0 does so always.
+    train.feature_memory = 0.5
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.batch_size = 8

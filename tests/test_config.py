@@ -40,6 +40,7 @@ WRONG = {
     "train.num_epochs": (0, 1.5),
     "train.checkpoint_every": (0,),
     "train.dtype": ("float16",),
+    "train.feature_memory": (-0.1, 1.5, "4 GiB"),
     "evaluation.batch_size": (0,),
     "evaluation.pictures_per_type": (-2,),
     "evaluation.original_resolution": (1, "yes"),
@@ -136,7 +137,7 @@ def test_no_file(tmp_path):
     "fields",
     [
         {"train.num_epochs": 999},
-        {"train.checkpoint_every": 3},
+        {"train.checkpoint_every": 3, "train.feature_memory": 0.1},
         {"evaluation.batch_size": 1, "evaluation.pictures_per_type": -1},
         {"evaluation.original_resolution": True, "evaluation.write_maps": True},
         {"dataset.root": "elsewhere", "dataset.cache_dir": "elsewhere"},

@@ -97,7 +97,7 @@ class CategoryRun:
                 f"{len(data.test)} test images"
             )
             with stages.measure(self._folder, "features"):
-                train, validation, statistics = self._extract()
+                train, validation, statistics = self._extract(writer)
             loss_fn = make_loss_fn(config.losses)
             validate = trainer.make_validate(
                 self._model,
@@ -252,24 +252,29 @@ class CategoryRun:
         """Of all categories in one folder, as MVTec's evaluation scripts expect."""
         return self._folder.parent / MAPS / self._folder.name
 
-    def _extract(
-        self,
-    ) -> tuple[features.Kept, features.Kept, features.ChannelStatistics]:
+    def _extract(self, writer: Writer) -> features.Normals:
         """Features of the training and validation normals, standardised."""
-        extractor = features.make_extractor(self._pyramid, self._trunk.variables)
-        kept = [
-            features.extract(extractor, self._batches(split, title), len(split))
-            for split, title in (
-                (self._data.train, "training features"),
-                (self._data.validation, "validation features"),
-            )
+        splits = self._data.train, self._data.validation
+        batches = [
+            self._batches(split, f"{title} features")
+            for split, title in zip(splits, ("training", "validation"), strict=True)
         ]
-        statistics = features.channel_statistics(kept[0][0])
-        for raw, _ in kept:  # in place: features may be most of the memory
-            raw -= statistics.mean
-            raw /= statistics.std
-        train, validation = (features.Kept(*pair) for pair in kept)
-        return train, validation, statistics
+        counts = [len(split) for split in splits]
+        size = tuple(self._config.image_size)
+        needed = features.count_bytes(sum(counts), size)
+        allowed = self._config.train.feature_memory * features.host_bytes()
+        told = f"features of {sum(counts)} images: {needed / 2**20:.0f} MiB of memory"
+        if needed <= allowed:
+            writer.say(told)
+            return features.keep(self._pyramid, self._trunk.variables, batches, counts)
+        writer.say(
+            f"{told}, more than config.train.feature_memory allows "
+            f"({allowed / 2**20:.0f} MiB): they are not kept, and every step runs the "
+            "trunk, too"
+        )
+        return features.stream(
+            self._pyramid, self._trunk.variables, batches, counts, image_size=size
+        )
 
     def _check_selection(self) -> None:
         """Refuses to select on test images that give no AUROC."""

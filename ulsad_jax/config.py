@@ -22,7 +22,8 @@ BEST_TEST_AUROC = "best_test_auroc"
 # was already trained as it is.
 FREE_FIELDS = (
     *("train.num_epochs", "train.checkpoint_every", "evaluation."),
-    *("dataset.root", "dataset.cache_dir", "trunk.path"),
+    *("train.feature_memory", "dataset.root", "dataset.cache_dir"),
+    "trunk.path",
 )
 
 
@@ -47,6 +48,7 @@ _POSITIVE = _Rule(lambda v: _is_number(v) and v > 0, "a number above 0")
 _NOT_NEGATIVE = _Rule(lambda v: _is_number(v) and v >= 0, "a number from 0 up")
 _BELOW_ONE = _Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
 _SHARE = _Rule(lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
+_FRACTION = _Rule(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 _NOT_EMPTY = _Rule(lambda v: isinstance(v, str) and v != "", "some text")
 _BOOLEAN = _Rule(lambda v: isinstance(v, bool), "True or False")
 # JAX would take the remainder of a larger one, without a word.
@@ -90,6 +92,7 @@ _RULES = {
     "train.num_epochs": _at_least(1),
     "train.checkpoint_every": _at_least(1),
     "train.dtype": _one_of("float32", "bfloat16"),
+    "train.feature_memory": _FRACTION,
     "evaluation.batch_size": _at_least(1),
     "evaluation.pictures_per_type": _at_least(-1),
     "evaluation.original_resolution": _BOOLEAN,

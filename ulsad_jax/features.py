@@ -1,19 +1,22 @@
-"""Features of a split, computed once, and their channel statistics."""
+"""Features of a split, kept or computed for each batch, and channel statistics."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.struct
 import jax
 import numpy as np
 
-from ulsad_jax.models.pyramid import FeaturePyramid
+from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, UInt8
+    from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 # A channel whose variance is below this share of its mean square never changes.
 DEAD_CHANNEL = 1e-12
@@ -35,11 +38,45 @@ class Kept:
         """How many images there are."""
         return len(self.images)
 
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(h/8, w/8, c) of an image's features."""
+        return self.features.shape[1:]
+
     def batch(
         self, rows: Int[np.ndarray, " b"]
     ) -> tuple[Float[np.ndarray, "b h/8 w/8 c"], UInt8[np.ndarray, "b h w 3"]]:
         """Features and images of some rows."""
         return self.features[rows], self.images[rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """As `Kept`, where features do not fit in memory: each batch runs the trunk.
+
+    Attributes:
+        images: [n, h, w, 3] uint8, in host memory.
+        extractor: from images to standardised features, see `make_extractor`.
+    """
+
+    images: np.ndarray
+    extractor: Callable
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.images)
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(h/8, w/8, c) of an image's features."""
+        return _feature_shape(self.images.shape[1:3])
+
+    def batch(
+        self, rows: Int[np.ndarray, " b"]
+    ) -> tuple[Float[Array, "b h/8 w/8 c"], UInt8[np.ndarray, "b h w 3"]]:
+        """Features and images of some rows; the features may still be on their way."""
+        images = self.images[rows]
+        return self.extractor(images), images
 
 
 @flax.struct.dataclass
@@ -54,11 +91,102 @@ class ChannelStatistics:
         return (features - self.mean) / self.std
 
 
-def make_extractor(pyramid: FeaturePyramid, trunk: Mapping[str, Any]):
-    """A jitted function from images [b, h, w, 3] to raw features."""
+class Normals(NamedTuple):
+    """What training and validation work on.
+
+    Attributes:
+        train: the training images.
+        validation: the validation normals.
+        statistics: of the feature channels over the training images.
+    """
+
+    train: Kept | Streamed
+    validation: Kept | Streamed
+    statistics: ChannelStatistics
+
+
+def make_extractor(
+    pyramid: FeaturePyramid,
+    trunk: Mapping[str, Any],
+    statistics: ChannelStatistics | None = None,
+) -> Callable[[UInt8[Array, "b h w 3"]], Float[Array, "b h/8 w/8 c"]]:
+    """A jitted function from images to features.
+
+    Args:
+        pyramid: the frozen network.
+        trunk: its variables.
+        statistics: to standardise features with; without them they are raw.
+    """
     variables = {kind: {"trunk": tree} for kind, tree in trunk.items()}
-    apply = jax.jit(pyramid.apply)
-    return lambda image: apply(variables, image)
+    variables, statistics = jax.device_put((variables, statistics))
+
+    @jax.jit
+    def apply(variables, statistics, image):
+        raw = pyramid.apply(variables, image)
+        return raw if statistics is None else statistics.standardize(raw)
+
+    return lambda image: apply(variables, statistics, image)
+
+
+def keep(
+    pyramid: FeaturePyramid,
+    trunk: Mapping[str, Any],
+    batches: Sequence[Iterable[Mapping[str, np.ndarray]]],
+    counts: Sequence[int],
+) -> Normals:
+    """Runs the trunk once over the training and the validation images.
+
+    Args:
+        pyramid: the frozen network.
+        trunk: its variables.
+        batches: of each split, with `image`, `index` and `valid`.
+        counts: images in each.
+    """
+    extractor = make_extractor(pyramid, trunk)
+    kept = [extract(extractor, *split) for split in zip(batches, counts, strict=True)]
+    statistics = channel_statistics(kept[0][0])
+    for raw, _ in kept:  # in place: features may be most of the memory
+        raw -= statistics.mean
+        raw /= statistics.std
+    return Normals(*(Kept(*pair) for pair in kept), statistics)
+
+
+def stream(
+    pyramid: FeaturePyramid,
+    trunk: Mapping[str, Any],
+    batches: Sequence[Iterable[Mapping[str, np.ndarray]]],
+    counts: Sequence[int],
+    *,
+    image_size: tuple[int, int],
+) -> Normals:
+    """As `keep`, but keeps images alone: every batch asked for runs the trunk.
+
+    The training images run through it here once, for the statistics.
+
+    Args:
+        pyramid: the frozen network.
+        trunk: its variables.
+        batches: of each split, with `image`, `index` and `valid`.
+        counts: images in each.
+        image_size: (height, width) of the images.
+    """
+    raw_extractor = make_extractor(pyramid, trunk)
+    train, validation = (
+        np.empty((count, *image_size, 3), np.uint8) for count in counts
+    )
+
+    def run_trunk() -> Iterator[Float[np.ndarray, "h w c"]]:
+        for batch in batches[0]:
+            _put(train, batch, batch["image"])
+            yield from np.asarray(raw_extractor(batch["image"]))[batch["valid"]]
+
+    statistics = channel_statistics(run_trunk())
+    for batch in batches[1]:
+        _put(validation, batch, batch["image"])
+    extractor = make_extractor(pyramid, trunk, statistics)
+    return Normals(
+        Streamed(train, extractor), Streamed(validation, extractor), statistics
+    )
 
 
 def extract(
@@ -80,27 +208,58 @@ def extract(
         if features is None:
             features = np.empty((count, *new.shape[1:]), np.float32)
             images = np.empty((count, *batch["image"].shape[1:]), np.uint8)
-        rows = batch["index"][batch["valid"]]
-        features[rows] = new[batch["valid"]]
-        images[rows] = batch["image"][batch["valid"]]
+        _put(features, batch, new)
+        _put(images, batch, batch["image"])
     return features, images
 
 
-def channel_statistics(features: Float[np.ndarray, "n h w c"]) -> ChannelStatistics:
+def channel_statistics(
+    features: Iterable[Float[np.ndarray, "h w c"]],
+) -> ChannelStatistics:
     """Statistics over every position of every image, with sums in float64.
 
     std = sqrt(E[y^2] - E[y]^2), as in the reference; a channel that never changes
     gets 1, so that it standardises to 0 and not to NaN.
+
+    Args:
+        features: raw, of one image after the other; at least one.
     """
-    channels = features.shape[-1]
-    total, squares = np.zeros(channels), np.zeros(channels)
-    for image in features.reshape(len(features), -1, channels):
-        image = image.astype(np.float64)
-        total += image.sum(0)
-        squares += np.square(image).sum(0)
-    count = features.size / channels
+    count, total, squares = 0, 0.0, 0.0
+    for image in features:
+        flat = image.reshape(-1, image.shape[-1]).astype(np.float64)
+        count += len(flat)
+        total += flat.sum(0)
+        squares += np.square(flat).sum(0)
     mean, mean_square = total / count, squares / count
     variance = mean_square - np.square(mean)
     dead = variance <= DEAD_CHANNEL * mean_square
     std = np.sqrt(np.where(dead, 1.0, variance))
     return ChannelStatistics(mean.astype(np.float32), std.astype(np.float32))
+
+
+def count_bytes(count: int, image_size: tuple[int, int]) -> int:
+    """What `Kept` takes for so many images of (height, width) pixels."""
+    floats = math.prod(_feature_shape(image_size))
+    return count * (4 * floats + 3 * math.prod(image_size))
+
+
+def host_bytes() -> int:
+    """The machine's memory, or what a container may have of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return total if text == "max" else min(total, int(text))
+
+
+def _put(
+    target: Shaped[np.ndarray, "n ..."],
+    batch: Mapping[str, np.ndarray],
+    values: Shaped[np.ndarray, "b ..."],
+) -> None:
+    """Puts a batch's values, but those that only fill it up, where they belong."""
+    target[batch["index"][batch["valid"]]] = values[batch["valid"]]
+
+
+def _feature_shape(image_size: tuple[int, int]) -> tuple[int, int, int]:
+    height, width = image_size
+    return height // 8, width // 8, FEATURE_CHANNELS

@@ -16,7 +16,7 @@ import numpy as np
 from ulsad_jax import scoring, training
 from ulsad_jax.decisions import Decisions, choose
 from ulsad_jax.errors import Interrupted, UserError
-from ulsad_jax.features import ChannelStatistics, Kept
+from ulsad_jax.features import ChannelStatistics, Kept, Streamed
 from ulsad_jax.models.ulsad import Ulsad
 from ulsad_jax.progress import progress
 
@@ -47,7 +47,7 @@ class Validation(NamedTuple):
 def make_validate(
     model: Ulsad,
     loss_fn: Callable,
-    kept: Kept,
+    kept: Kept | Streamed,
     *,
     batch_size: int,
     method: str,
@@ -111,7 +111,7 @@ class Trainer:
         config: ConfigDict,
         category: str,
         *,
-        train: Kept,
+        train: Kept | Streamed,
         statistics: ChannelStatistics,
         loss_fn: Callable,
         validate: Callable[[Mapping[str, Any], int], Validation],
@@ -155,7 +155,7 @@ class Trainer:
                 optimizer,
                 key,
                 features=jax.ShapeDtypeStruct(
-                    (batch, *train.features.shape[1:]), jnp.float32
+                    (batch, *train.feature_shape), jnp.float32
                 ),
                 image=jax.ShapeDtypeStruct((batch, *train.images.shape[1:]), jnp.uint8),
             )

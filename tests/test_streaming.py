@@ -1,0 +1,100 @@
+"""Features that do not fit in memory: computed for each batch, to the same end."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from tests import runs
+from tests.test_experiment import interrupt_at, needs_cpu
+from tests.test_features import make_batches
+from ulsad_jax import features, pretrained
+from ulsad_jax.errors import Interrupted
+from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
+
+COUNTS, SIZE = (5, 2), (64, 96)
+STREAMING = {"train.feature_memory": 0}
+
+
+@pytest.fixture(scope="module")
+def normals():
+    """The same images kept and streamed."""
+    trunk = pretrained.load_trunk(
+        architecture="resnet18", source="random", repository="", path="", seed=0
+    )
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (n, *SIZE, 3), np.uint8) for n in COUNTS]
+
+    def make_arguments():
+        batches = [make_batches(split, range(len(split)), 2) for split in images]
+        return FeaturePyramid("resnet18"), trunk.variables, batches, COUNTS
+
+    kept = features.keep(*make_arguments())
+    return kept, features.stream(*make_arguments(), image_size=SIZE)
+
+
+def test_streamed_is_kept(normals):
+    kept, streamed = normals
+    runs.assert_same_arrays(streamed.statistics, kept.statistics)
+    for one, other in zip(kept[:2], streamed[:2], strict=True):
+        assert one.feature_shape == other.feature_shape
+        assert one.feature_shape == (8, 12, FEATURE_CHANNELS)
+        assert len(one) == len(other)
+        for rows in ([0], [1, 0, 1]):  # batches of other sizes, in other orders
+            (expected, images), (found, same) = one.batch(rows), other.batch(rows)
+            np.testing.assert_array_equal(same, images)
+            np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_kept_are_as_large_as_told(normals):
+    kept = normals[0].train
+    told = features.count_bytes(len(kept), SIZE)
+    assert told == kept.features.nbytes + kept.images.nbytes
+
+
+def test_memory_of_the_machine():
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < features.host_bytes() <= physical
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory, data):
+    """A run as `finished`, but for its memory; read-only."""
+    workdir = tmp_path_factory.mktemp("streamed") / "run"
+    config = runs.make_config(data, STREAMING)
+    return runs.Run(workdir, config, runs.train(config, workdir))
+
+
+def test_streamed_training_is_that_of_kept_features(finished, streamed):
+    """To rounding in the first steps, and to what Adam makes of it in later ones."""
+    pairs = zip(
+        runs.read_metrics(finished.workdir),
+        runs.read_metrics(streamed.workdir),
+        strict=True,
+    )
+    for (one, other), tolerance in zip(pairs, (1e-4, 5e-3, 5e-3, 5e-3), strict=True):
+        assert other == pytest.approx(one, rel=tolerance)
+
+
+@needs_cpu
+def test_streamed_training_resumes(streamed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, signal.SIGTERM, 2, 1)
+        with pytest.raises(Interrupted):
+            runs.train(streamed.config, tmp_path / "run")
+    runs.train(streamed.config, tmp_path / "run")
+    runs.assert_same_category(tmp_path / "run", streamed.workdir)
+
+
+def test_kept_run_goes_on_streaming(finished, tmp_path, capsys):
+    """The memory is the machine's; another one may go on with the run."""
+    run = runs.copy(finished, tmp_path)
+    config = run.config.copy_and_resolve_references()
+    fields = STREAMING | {"train.num_epochs": runs.EPOCHS + 1}
+    config.update_from_flattened_dict(fields)
+    runs.train(config, run.workdir)
+    assert "14 images: 1 MiB of memory, more than" in capsys.readouterr().out
+    assert len(runs.read_metrics(run.workdir)) == runs.EPOCHS + 1

@@ -2,8 +2,29 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+COMMANDS = {
+    "train.py": "run_path",
+    "eval.py": "run_path",
+    "ulsad_jax.predict": "run_module",
+    "ulsad_jax.export": "run_module",
+    "ulsad_jax.export_onnx": "run_module",
+    "ulsad_jax.pretrain": "run_module",
+}
+HELP = """
+import runpy, sys
+
+sys.argv = [{name!r}, "--help"]
+try:
+    runpy.{run}({name!r}, run_name="__main__")
+except SystemExit as stopped:
+    print("imported", *sorted(sys.modules))
+    sys.exit(stopped.code)
+"""
 
 PROGRAM = """
 import sys
@@ -48,3 +69,23 @@ def test_what_is_needed(program):
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_imports_nothing_heavy(name):
+    """JAX alone takes seconds."""
+    program = HELP.format(run=COMMANDS[name], name=name)
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    shown, _, modules = ran.stdout.partition("imported ")
+    assert ran.returncode in (0, 1), ran.stderr  # 1 is absl's
+    assert "--" in shown + ran.stderr
+    heavy = {"jax", "flax", "optax", "orbax", "tensorflow", "tensorflow_datasets"}
+    heavy |= {"grain", "numpy", "scipy", "matplotlib", "onnx", "torch"}
+    assert modules
+    assert not heavy & set(modules.split())

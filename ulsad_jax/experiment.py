@@ -8,11 +8,10 @@ import math
 from importlib import metadata
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
+from ulsad_jax import compilation, loss_check, pretrained, results
 from ulsad_jax import config as config_lib
-from ulsad_jax import loss_check, pretrained, results
 from ulsad_jax.category_run import MAPS, RESULTS, CategoryRun
 from ulsad_jax.data import synthetic
 from ulsad_jax.data.layouts import select_categories
@@ -38,7 +37,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
     """
     config_lib.validate(config)
     _check_workdir(config, workdir)
-    _cache_compilations(config)
+    compilation.keep(config.dataset.cache_dir)
     if warning := loss_check.check(config):  # before anything is written
         print(warning)
     categories = list_categories(config)
@@ -86,7 +85,7 @@ def evaluate(
         config.selection = selection
         config_lib.validate(config)
     config.evaluation.write_maps |= write_maps
-    _cache_compilations(config)
+    compilation.keep(config.dataset.cache_dir)
     categories = list_categories(config)
     trunk = pretrained.load_saved_trunk(workdir / TRUNK)
     _check_trained(categories, workdir)
@@ -135,13 +134,6 @@ def open_data(config: ConfigDict, category: str) -> Category:
         validation_fraction=dataset.validation_fraction,
         seed=config.seed,
     )
-
-
-def _cache_compilations(config: ConfigDict) -> None:
-    """Keeps compiled programs beside the data sets, unless JAX is told otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = Path(config.dataset.cache_dir).expanduser() / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _check_workdir(config: ConfigDict, workdir: Path) -> None:

@@ -17,12 +17,16 @@ def main(arguments: list[str]) -> int:
     from ulsad_jax import errors
 
     with errors.reported(stopped="Stopped. Images that have a row are finished."):
-        from ulsad_jax import predictions  # not for --help: JAX takes seconds
+        # Not for --help: JAX takes seconds.
+        from ulsad_jax import compilation, predictions, trained
+        from ulsad_jax import config as config_lib
         from ulsad_jax.detector import Detector
 
         try:
             inputs = predictions.find_inputs(flags.inputs)
             predictions.check_output(flags.output, inputs)
+            config = config_lib.load(flags.workdir / trained.CONFIG)
+            compilation.keep(config.dataset.cache_dir)
             detector = Detector.load(
                 flags.workdir,
                 flags.category,

@@ -1,0 +1,63 @@
+"""The second start of a program compiles nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import collections, sys
+
+import jax
+from jax import monitoring
+from ulsad_jax import compilation
+
+events = collections.Counter()
+monitoring.register_event_listener(lambda name, **_: events.update([name]))
+compilation.keep(sys.argv[1])
+jax.jit(lambda x: 2 * x + 1)(3.0).block_until_ready()
+for name in ("hits", "misses"):
+    print(events[f"/jax/compilation_cache/cache_{name}"])
+"""
+
+
+def run(folder, **environment):
+    """Cache hits and misses of a program."""
+    kept = {k: v for k, v in os.environ.items() if "JAX_COMPILATION_CACHE" not in k}
+    kept = {k: v for k, v in kept.items() if "JAX_PERSISTENT_CACHE" not in k}
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder)],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [int(line) for line in ran.stdout.split()]
+
+
+def test_second_start_compiles_nothing(tmp_path):
+    hits, misses = run(tmp_path / "cache")
+    assert (hits, misses > 0) == (0, True)
+    assert list((tmp_path / "cache" / "xla").iterdir())
+    assert run(tmp_path / "cache") == [misses, 0]
+
+
+def test_folder_of_the_environment_is_taken(tmp_path):
+    run(tmp_path / "ours", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "theirs"))
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_where_nothing_can_be_written(tmp_path, kind):
+    """A run's folder may be on another machine than the one that made it."""
+    place = tmp_path / "cache"
+    if kind == "file":
+        place.write_text("")
+    else:
+        place.mkdir(mode=0o500)
+        if os.access(place, os.W_OK):
+            pytest.skip("this user may write everywhere")
+    assert run(place)[0] == 0

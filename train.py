@@ -21,10 +21,13 @@ def main(argv: list[str]) -> None:
     command_line.refuse_arguments(argv)
     from ulsad_jax import errors
 
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
     with errors.reported():
         from ulsad_jax import experiment  # not for --help: JAX takes seconds
+        from ulsad_jax.sweep import run as sweep
 
-        print(experiment.train(_CONFIG.value, Path(_WORKDIR.value).expanduser()))
+        train = sweep.train if "sweep" in config else experiment.train
+        print(train(config, workdir))
 
 
 if __name__ == "__main__":

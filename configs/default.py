@@ -59,6 +59,8 @@ def get_config(category: str = "all") -> ConfigDict:
     trunk.repository = "timm/wide_resnet50_2.racm_in1k"
     # A .safetensors file, or a .pth file where PyTorch is installed.
     trunk.path = ""
+    # Whose outputs are the features: "layer2+layer3" as published, "layer2", "layer3".
+    trunk.layers = "layer2+layer3"
 
     config.model = model = ConfigDict()
     # Channels of the local reconstructor's narrowest grid: 1536 is 65 M parameters.

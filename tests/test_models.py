@@ -241,3 +241,25 @@ def test_codes_are_what_the_decoders_read(variables):
     np.testing.assert_array_equal(
         outputs["global_code"], np.maximum(global_[:, 0, 0], 0)
     )
+
+
+def test_pyramid_of_a_single_layer():
+    """resnet18 has 128 channels in layer2 and 256 in layer3: together, as they are."""
+    image = np.random.default_rng(3).integers(0, 256, (1, *SMALL, 3), dtype=np.uint8)
+    both = FeaturePyramid("resnet18")
+    variables = draw_variables(both, image)
+
+    def extract(layers):
+        model = FeaturePyramid("resnet18", layers=layers)
+        return np.asarray(jax.jit(model.apply)(variables, image))
+
+    whole = np.asarray(jax.jit(both.apply)(variables, image))
+    np.testing.assert_array_equal(extract("layer2+layer3"), whole)
+    layer2, layer3 = whole[..., :128], whole[..., 128:]
+    # Each channel fills three bins.
+    np.testing.assert_allclose(extract("layer2"), layer2.repeat(3, -1), rtol=1e-5)
+    # Two channels fill three bins: one, the mean of both, the other.
+    first, second = layer3[..., ::2], layer3[..., 1::2]
+    expected = np.stack([first, (first + second) / 2, second], -1)
+    found = extract("layer3").reshape(expected.shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

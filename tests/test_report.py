@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from tests import runs
-from ulsad_jax import category_run, evaluation, files, results, stages
+from ulsad_jax import evaluation, files, results, stages
 from ulsad_jax.metrics import pixel
 from ulsad_jax.metrics.curves import Curve, area_up_to, thin
-from ulsad_jax.report import page, plots, run_files, sections
+from ulsad_jax.report import page, pictures, plots, run_files, sections
 
 HOSTILE = "<script>document.title='gone'</script>\"' onload=\"x()\" & $title"
 HEAD = [
@@ -238,7 +238,7 @@ def test_pixel_curves_have_the_areas_of_the_metrics():
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 8, 10, 12, -1])
 def test_pictures_are_the_worst_and_a_spread(limit):
     rows = list(range(10))  # the most wrongly scored first
-    chosen = category_run._choose_pictures(rows, limit)
+    chosen = pictures.choose(rows, limit)
     assert len(set(chosen)) == len(chosen) == (min(limit, 10) if limit >= 0 else 10)
     half = -(-len(chosen) // 2)
     assert chosen[:half] == rows[:half]

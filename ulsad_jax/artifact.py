@@ -116,7 +116,7 @@ def make_function(
     """
     dtype = jnp.dtype(networks["dtype"])
     predict = inference.make_predict_step(
-        FeaturePyramid(networks["architecture"], dtype),
+        FeaturePyramid(networks["architecture"], dtype, networks["layers"]),
         Ulsad(**networks["model"], dtype=dtype),
     )
     arrays = as_arrays(weights)
@@ -141,6 +141,7 @@ def describe(run: Run) -> dict[str, Any]:
         "resize": "bilinear, half-pixel centres, no antialiasing, aspect not kept",
         "networks": {
             "architecture": config.trunk.architecture,
+            "layers": config.trunk.layers,
             "dtype": config.train.dtype,
             "model": config.model.to_dict(),
         },

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from ulsad_jax import config as config_lib
 from ulsad_jax import (
@@ -34,15 +34,17 @@ from ulsad_jax.decisions import Thresholds
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
 from ulsad_jax.metrics import image as image_metrics
-from ulsad_jax.models.pyramid import FeaturePyramid
 from ulsad_jax.progress import progress
-from ulsad_jax.report import figures
+from ulsad_jax.report import pictures
+from ulsad_jax.scoring import Calibration
 from ulsad_jax.writer import Writer
 
 if TYPE_CHECKING:
-    from jaxtyping import UInt8
     from ml_collections import ConfigDict
 
+    from ulsad_jax.checkpoint import CheckpointStore
+
+AnyTrainer = TypeVar("AnyTrainer", bound=trainer.Trainer)
 RESULTS, SCORES, CURVES = "results.json", "scores.csv", "curves.json"
 PICTURES, MAPS = "pictures", "maps"
 LOCO_LAYOUTS = ("mvtec_loco", "synthetic")  # their headline is the mean of two types
@@ -59,6 +61,7 @@ class CategoryRun:
         data: Category,
         folder: Path,
         trunk: pretrained.Trunk,
+        title: str = "",
     ):
         """Makes what training and evaluation share.
 
@@ -68,61 +71,104 @@ class CategoryRun:
             data: its images.
             folder: its folder in the work directory.
             trunk: the run's.
+            title: what it is called on the console, if not by its category.
         """
         self._config, self._name, self._folder = config, category, folder
+        self._title = title or category
         self._data, self._trunk = data, trunk
-        dtype = jnp.dtype(config.train.dtype)
-        self._pyramid = FeaturePyramid(config.trunk.architecture, dtype)
+        self._pyramid = training.make_pyramid(config)
         self._model = training.make_model(config)
         self._predict = inference.make_predict_step(self._pyramid, self._model)
 
     def fit(self) -> int:
         """Trains what is left to train; returns the step to evaluate."""
-        config, data = self._config, self._data
-        self._check_selection()
-        steps = config.train.num_epochs * training.steps_per_epoch(
-            len(data.train), config.train.batch_size
-        )
-        with (
-            Writer(self._folder, self._name) as writer,
-            trained.open_store(config, self._folder) as store,
-        ):
-            latest = store.latest()
-            if latest is not None:
-                trained.check_trunk(store, latest, self._trunk, self._folder)
-                if latest >= steps:
-                    return trained.select(config, store)
+        data = self._data
+        with self.open() as (writer, store):
+            if self.is_trained(store):
+                return trained.select(self._config, store)
             writer.say(
                 f"{len(data.train)} training, {len(data.validation)} validation, "
                 f"{len(data.test)} test images"
             )
             with stages.measure(self._folder, "features"):
-                train, validation, statistics = self._extract(writer)
-            loss_fn = make_loss_fn(config.losses)
-            validate = trainer.make_validate(
-                self._model,
-                loss_fn,
-                validation,
-                batch_size=config.evaluation.batch_size,
-                method=config.calibration,
-                **config.threshold,
-            )
-            loop = trainer.Trainer(
-                config,
-                self._name,
-                train=train,
-                statistics=statistics,
-                loss_fn=loss_fn,
-                validate=validate,
-                store=store,
-                writer=writer,
-                listing=listing([*data.train.records, *data.validation.records]),
-                trunk=self._trunk.identity,
-                score_test=self._make_score_test(statistics),
-            )
+                normals = self._extract(writer)
+            loss_fn = make_loss_fn(self._config.losses)
+            loop = self.make_trainer(trainer.Trainer, normals, loss_fn, store, writer)
             with stages.measure(self._folder, "training"):
                 loop.run()
-            return trained.select(config, store)
+            return trained.select(self._config, store)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[tuple[Writer, CheckpointStore]]:
+        """The files that training writes to."""
+        self._check_selection()
+        with (
+            Writer(self._folder, self._title) as writer,
+            trained.open_store(self._config, self._folder) as store,
+        ):
+            yield writer, store
+
+    @property
+    def steps(self) -> int:
+        """How many updates training takes."""
+        config = self._config.train
+        images = len(self._data.train)
+        return config.num_epochs * training.steps_per_epoch(images, config.batch_size)
+
+    def is_trained(self, store: CheckpointStore) -> bool:
+        """Whether nothing is left to train.
+
+        Raises:
+            UserError: it was begun with another trunk.
+        """
+        latest = store.latest()
+        if latest is None:
+            return False
+        trained.check_trunk(store, latest, self._trunk, self._folder)
+        return latest >= self.steps
+
+    def make_trainer(
+        self,
+        kind: type[AnyTrainer],
+        normals: features.Normals,
+        loss_fn: Callable,
+        store: CheckpointStore,
+        writer: Writer,
+        numbers: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> AnyTrainer:
+        """Makes the training loop.
+
+        Args:
+            kind: `Trainer`, or a class made from it.
+            normals: what to train and validate on.
+            loss_fn: see `losses.make_loss_fn`.
+            store: of the checkpoints.
+            writer: of the metrics.
+            numbers: of the loss function, where they are not its own.
+        """
+        config, data = self._config, self._data
+        validate = trainer.make_validate(
+            self._model,
+            loss_fn,
+            normals.validation,
+            batch_size=config.evaluation.batch_size,
+            method=config.calibration,
+            numbers=numbers,
+            **config.threshold,
+        )
+        return kind(
+            config,
+            self._name,
+            train=normals.train,
+            statistics=normals.statistics,
+            loss_fn=loss_fn,
+            validate=validate,
+            store=store,
+            writer=writer,
+            listing=listing([*data.train.records, *data.validation.records]),
+            trunk=self._trunk.identity,
+            score_test=self._make_score_test(normals.statistics),
+        )
 
     def evaluate(
         self,
@@ -156,10 +202,17 @@ class CategoryRun:
         results.write_scores(self._folder / SCORES, test.records, prediction)
         files.replace(self._folder / CURVES, json.dumps(curves) + "\n")
         with stages.measure(self._folder, "pictures"):
-            pictures = self._write_pictures(prediction, truth, weights)
+            shown = pictures.write(
+                self._folder / PICTURES,
+                prediction,
+                truth,
+                [record.image.stem for record in test.records],
+                weights,
+                limit=self._config.evaluation.pictures_per_type,
+            )
         if self._config.evaluation.write_maps:
             self._write_maps(prediction)
-        with Writer(self._folder, self._name) as writer:
+        with Writer(self._folder, self._title) as writer:
             if not images:
                 writer.say("no test images: nothing to measure")
             for text in dict.fromkeys(str(warning.message) for warning in undefined):
@@ -168,12 +221,29 @@ class CategoryRun:
                 step,
                 {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)},
             )
-            writer.pictures(step, pictures)
+            writer.pictures(step, shown)
         document = self._origin(step, **given) | {
             "decisions": decisions.to_json(),
             "metrics": results.finite(metrics),
         }
         files.replace(self._folder / RESULTS, json.dumps(document, indent=2) + "\n")
+
+    def predict_uncalibrated(
+        self, step: int
+    ) -> tuple[inference.Prediction, evaluation.Truth, bool]:
+        """Predicts the test images with raw maps and their plain mean.
+
+        Returns:
+            The prediction, the truth, and whether logical and structural anomalies are
+            told apart.
+        """
+        _, weights, _ = trained.load(self._config, self._folder, self._trunk, step=step)
+        raw = dataclasses.replace(weights, calibration=Calibration())
+        return *self._predict_test(raw), self._is_loco
+
+    @property
+    def _is_loco(self) -> bool:
+        return self._config.dataset.name in LOCO_LAYOUTS
 
     def _measure(
         self,
@@ -188,7 +258,7 @@ class CategoryRun:
         }
         if not len(truth.labels):
             return metrics, {}
-        loco = self._config.dataset.name in LOCO_LAYOUTS
+        loco = self._is_loco
         metrics |= evaluation.image_level(
             truth.labels, truth.types, prediction.score, loco=loco
         )
@@ -199,7 +269,7 @@ class CategoryRun:
         maps = prediction.anomaly_map
         original = self._config.evaluation.original_resolution
         if original:
-            title = f"[{self._name}] original resolution"
+            title = f"[{self._title}] original resolution"
             stream = full_resolution.stream_pixels(
                 self._data.test, maps, loco=loco, title=title
             )
@@ -216,7 +286,7 @@ class CategoryRun:
                 self._data.test,
                 prediction.anomaly_map,
                 self._maps,
-                title=f"[{self._name}] maps",
+                title=f"[{self._title}] maps",
             )
 
     def is_evaluated(self, step: int) -> bool:
@@ -318,49 +388,6 @@ class CategoryRun:
         size = self._config.evaluation.batch_size
         return progress(
             split.batches(size),
-            f"[{self._name}] {title}",
+            f"[{self._title}] {title}",
             total=-(-len(split) // size),
         )
-
-    def _write_pictures(
-        self,
-        prediction: inference.Prediction,
-        truth: evaluation.Truth,
-        weights: inference.Weights,
-    ) -> list[tuple[str, UInt8[np.ndarray, "h w 3"]]]:
-        """Writes pictures of each type; returns one a type for TensorBoard."""
-        folder = self._folder / PICTURES
-        calibration = weights.calibration
-        shutil.rmtree(folder, ignore_errors=True)
-        limit = self._config.evaluation.pictures_per_type
-        shown = []
-        for kind in dict.fromkeys(truth.types):
-            rows = [i for i, name in enumerate(truth.types) if name == kind]
-            sign = -1 if truth.labels[rows[0]] == 0 else 1
-            rows.sort(key=lambda i, s=sign: s * prediction.score[i])
-            rows = _choose_pictures(rows, limit)
-            target = folder / results.file_name(kind)
-            target.mkdir(parents=True, exist_ok=True)
-            for i in rows:
-                drawn = figures.picture(
-                    truth.images[i],
-                    truth.masks[i],
-                    prediction.anomaly_map[i],
-                    low=calibration.display_low,
-                    high=calibration.display_high,
-                    threshold=weights.thresholds.pixel,
-                )
-                stem = results.file_name(self._data.test.records[i].image.stem)
-                Image.fromarray(drawn).save(target / f"{stem}.png")
-                if i == rows[0]:
-                    shown.append((f"test/{kind}", drawn))
-        return shown
-
-
-def _choose_pictures(rows: list[int], limit: int) -> list[int]:
-    """Of rows, the most wrongly scored first: half such ones, the others spread."""
-    if limit < 0 or limit >= len(rows):
-        return rows
-    worst = -(-limit // 2)
-    spread = np.linspace(worst, len(rows) - 1, limit - worst).astype(int)
-    return rows[:worst] + [rows[k] for k in spread]

@@ -13,6 +13,7 @@ from ulsad_jax import files
 from ulsad_jax.data.layouts import LAYOUTS
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.local import ACTIVATIONS
+from ulsad_jax.models.pyramid import LAYERS
 from ulsad_jax.models.resnet import ARCHITECTURES
 from ulsad_jax.pretrained import BUILTIN_ARCHITECTURE
 
@@ -77,6 +78,7 @@ _RULES = {
     "dataset.validation_fraction": _BELOW_ONE,
     "trunk.architecture": _one_of(*ARCHITECTURES),
     "trunk.source": _one_of("builtin", "hub", "file", "random"),
+    "trunk.layers": _one_of(*LAYERS),
     "model.local_width": _Rule(
         lambda v: isinstance(v, int) and v >= 4 and v % 4 == 0,
         "a multiple of 4 from 4 up",
@@ -165,7 +167,7 @@ def load(path: Path) -> ConfigDict:
 
 def _check_version(config: ConfigDict, path: Path) -> None:
     """Refuses a run's config that lacks fields, which is another version's."""
-    missing = [name for name in _RULES if name not in dict(_flatten(config))]
+    missing = [name for name in _RULES if name not in dict(flatten(config))]
     if missing:
         raise UserError(
             f"Expected {path} to be of this version of ulsad_jax, found no "
@@ -180,7 +182,7 @@ def check_resumable(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
     Raises:
         UserError: lists the fields that differ.
     """
-    old_fields, new_fields = dict(_flatten(old)), dict(_flatten(new))
+    old_fields, new_fields = dict(flatten(old)), dict(flatten(new))
     lines = [
         f"  config.{name}: the run has {old_fields.get(name, 'no such field')!r}, "
         f"this command {new_fields.get(name, 'no such field')!r}"
@@ -209,9 +211,10 @@ def _get(config: ConfigDict, field: str) -> Any:
     return value
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a tree by their paths, with dots; a list is a tuple."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, tuple(value) if isinstance(value, list) else value

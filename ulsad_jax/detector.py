@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -17,7 +16,6 @@ from ulsad_jax.data.records import read_image, to_rgb
 from ulsad_jax.data.resize import resize_bilinear, resize_map
 from ulsad_jax.decisions import Decisions
 from ulsad_jax.errors import UserError
-from ulsad_jax.models.pyramid import FeaturePyramid
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, UInt8
@@ -81,8 +79,7 @@ class Detector:
         self.decisions = decisions
         self._weights = weights
         self._predict = inference.make_predict_step(
-            FeaturePyramid(config.trunk.architecture, jnp.dtype(config.train.dtype)),
-            training.make_model(config),
+            training.make_pyramid(config), training.make_model(config)
         )
 
     @classmethod

@@ -49,6 +49,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+class Diverged(UserError):
+    """Training gave a loss that is not finite."""
+
+
 class Interrupted(Exception):
     """A signal asked to stop, and the state is saved."""
 

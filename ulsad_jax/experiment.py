@@ -36,7 +36,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
         errors.Interrupted: by a signal, after saving.
     """
     config_lib.validate(config)
-    _check_workdir(config, workdir)
+    check_workdir(config, workdir)
     compilation.keep(config.dataset.cache_dir)
     if warning := loss_check.check(config):  # before anything is written
         print(warning)
@@ -50,7 +50,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
         step = run.fit()
         if not run.is_evaluated(step):
             run.evaluate(step)
-    return _collect(config, workdir, categories, trunk)
+    return collect(config, workdir, categories, trunk)
 
 
 def evaluate(
@@ -94,7 +94,7 @@ def evaluate(
         data = open_data(config, category)
         run = CategoryRun(config, category, data=data, folder=folder, trunk=trunk)
         run.evaluate(image_threshold=image_threshold, pixel_threshold=pixel_threshold)
-    return _collect(config, workdir, categories, trunk)
+    return collect(config, workdir, categories, trunk)
 
 
 def list_categories(config: ConfigDict) -> list[str]:
@@ -136,7 +136,14 @@ def open_data(config: ConfigDict, category: str) -> Category:
     )
 
 
-def _check_workdir(config: ConfigDict, workdir: Path) -> None:
+def load_trunk(config: ConfigDict) -> pretrained.Trunk:
+    """The trunk that a config describes."""
+    fields = config.trunk.to_dict()
+    fields.pop("layers")  # all are loaded
+    return pretrained.load_trunk(**fields, seed=config.seed)
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """Refuses a work directory that this run could not go on in.
 
     Raises:
@@ -158,10 +165,7 @@ def _claim(config: ConfigDict, workdir: Path) -> pretrained.Trunk:
     """Makes the work directory this run's: its config, its copy of the trunk."""
     path = workdir / TRUNK
     kept = path.exists() and _has_checkpoints(workdir)
-    if kept:
-        trunk = pretrained.load_saved_trunk(path)
-    else:
-        trunk = pretrained.load_trunk(**config.trunk, seed=config.seed)
+    trunk = pretrained.load_saved_trunk(path) if kept else load_trunk(config)
     workdir.mkdir(parents=True, exist_ok=True)
     config_lib.save(config, workdir / CONFIG)
     if not kept:
@@ -188,7 +192,7 @@ def _check_trained(categories: list[str], workdir: Path) -> None:
             )
 
 
-def _collect(
+def collect(
     config: ConfigDict, workdir: Path, categories: list[str], trunk: pretrained.Trunk
 ) -> str:
     """Joins the categories' results; returns what to tell the person."""

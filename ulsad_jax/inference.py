@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +61,14 @@ class Prediction:
     mask_area: jax.Array
 
 
+@functools.lru_cache
 def make_predict_step(
     pyramid: FeaturePyramid, model: Ulsad
 ) -> Callable[[Weights, UInt8[Array, "b h w 3"]], Prediction]:
-    """Jits `predict(weights, image)`, from uint8 images to maps and decisions."""
+    """Jits `predict(weights, image)`, from uint8 images to maps and decisions.
+
+    Equal networks get the same function, which is compiled once.
+    """
 
     @jax.jit
     def predict(weights: Weights, image: UInt8[Array, "b h w 3"]) -> Prediction:

@@ -14,9 +14,8 @@ import numpy as np
 import optax
 
 from ulsad_jax import config as config_lib
-from ulsad_jax import experiment, features, loss_check, pretrained, training
+from ulsad_jax import experiment, features, loss_check, training
 from ulsad_jax.losses import TOTAL, make_loss_fn
-from ulsad_jax.models.pyramid import FeaturePyramid
 from ulsad_jax.models.ulsad import NETWORKS, Outputs
 
 if TYPE_CHECKING:
@@ -110,11 +109,8 @@ def _first_batch(
         records=[train.records[i] for i in order[:size]],
         positions=[train.positions[i] for i in order[:size]],
     )
-    trunk = pretrained.load_trunk(**config.trunk, seed=config.seed)
-    dtype = jnp.dtype(config.train.dtype)
-    extractor = features.make_extractor(
-        FeaturePyramid(config.trunk.architecture, dtype), trunk.variables
-    )
+    trunk = experiment.load_trunk(config)
+    extractor = features.make_extractor(training.make_pyramid(config), trunk.variables)
     with contextlib.closing(first.batches(size)) as batches:
         raw, image = features.extract(extractor, batches, size)
     return features.channel_statistics(raw).standardize(raw), image

@@ -35,7 +35,7 @@ def measure(folder: Path, stage: str) -> Iterator[None]:
     device = jax.devices()[0]
     record = {
         "seconds": seconds,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
         "device": device.device_kind,
         "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
     }
@@ -45,6 +45,7 @@ def measure(folder: Path, stage: str) -> Iterator[None]:
     files.replace(path, json.dumps(others | {stage: record}, indent=2) + "\n")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """The most memory that the process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # KiB on Linux

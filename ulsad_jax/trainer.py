@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +16,13 @@ import numpy as np
 
 from ulsad_jax import scoring, training
 from ulsad_jax.decisions import Decisions, choose
-from ulsad_jax.errors import Interrupted, UserError
+from ulsad_jax.errors import Diverged, Interrupted, UserError
 from ulsad_jax.features import ChannelStatistics, Kept, Streamed
 from ulsad_jax.models.ulsad import Ulsad
 from ulsad_jax.progress import progress
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from ml_collections import ConfigDict
 
     from ulsad_jax.checkpoint import CheckpointStore
@@ -44,6 +46,30 @@ class Validation(NamedTuple):
     decisions: Decisions
 
 
+@functools.lru_cache
+def make_validation_step(
+    model: Ulsad, loss_fn: Callable, size: tuple[int, int]
+) -> Callable[..., tuple[dict[str, jax.Array], scoring.Maps]]:
+    """Jits `step(variables, features, image, valid, updates, numbers)`.
+
+    It returns the losses of the valid rows and raw maps of all rows; for equal
+    arguments it is the same function, compiled once.
+
+    Args:
+        model: the networks.
+        loss_fn: see `losses.make_loss_fn`.
+        size: (height, width) of the maps.
+    """
+
+    @jax.jit
+    def step(variables, features, image, valid, updates, numbers):
+        outputs = model.apply(variables, features, image, train=False)
+        total, terms = loss_fn(outputs, valid, step=updates, numbers=numbers)
+        return {training.TOTAL: total, **terms}, scoring.raw_maps(outputs, size)
+
+    return step
+
+
 def make_validate(
     model: Ulsad,
     loss_fn: Callable,
@@ -53,6 +79,7 @@ def make_validate(
     method: str,
     image_fpr: float,
     pixel_fpr: float,
+    numbers: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Callable[[Mapping[str, Any], int], Validation]:
     """Returns `validate(variables, updates so far)` over the validation normals.
 
@@ -64,15 +91,11 @@ def make_validate(
         method: of calibration, see `scoring.calibrate`.
         image_fpr: see `decisions.choose`.
         pixel_fpr: see `decisions.choose`.
+        numbers: of the loss function, where they are not its own.
     """
     size = kept.images.shape[1:3]
     count = len(kept)
-
-    @jax.jit
-    def step(variables, features, image, valid, updates):
-        outputs = model.apply(variables, features, image, train=False)
-        total, terms = loss_fn(outputs, valid, step=updates)
-        return {training.TOTAL: total, **terms}, scoring.raw_maps(outputs, size)
+    step = make_validation_step(model, loss_fn, size)
 
     def validate(variables: Mapping[str, Any], updates: int) -> Validation:
         sums: dict[str, float] = {}
@@ -83,7 +106,8 @@ def make_validate(
             rows = np.arange(start, start + batch_size)
             valid = rows < count
             rows = rows % count
-            losses, maps = step(variables, *kept.batch(rows), valid, updates)
+            batch = kept.batch(rows)
+            losses, maps = step(variables, *batch, valid, updates, numbers)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * int(valid.sum())
             local[rows[valid]] = np.asarray(maps.local)[valid]
@@ -169,7 +193,8 @@ class Trainer:
 
         Raises:
             Interrupted: by SIGTERM or SIGINT, after saving.
-            UserError: a loss that is not finite; a checkpoint of other data.
+            Diverged: a loss that is not finite.
+            UserError: a checkpoint of other data.
         """
         self._resume()
         epochs, per_epoch = self._config.train.num_epochs, self._steps_per_epoch
@@ -195,12 +220,7 @@ class Trainer:
         """
         config, per_epoch = self._config, self._steps_per_epoch
         batch = config.train.batch_size
-        order = training.epoch_order(
-            len(self._train),
-            seed=config.seed,
-            category=self._category,
-            epoch=epoch,
-        )
+        order = self._order(epoch)
         first = int(self._state.step) - epoch * per_epoch
         pending = None
         steps = progress(
@@ -221,6 +241,15 @@ class Trainer:
         if pending is not None:
             self._count(int(self._state.step), pending)
 
+    def _order(self, epoch: int) -> Int[np.ndarray, " n"]:
+        """The order of the training images in an epoch."""
+        return training.epoch_order(
+            len(self._train),
+            seed=self._config.seed,
+            category=self._category,
+            epoch=epoch,
+        )
+
     def _count(self, step: int, losses: Mapping[str, jax.Array]) -> None:
         """Adds a step's losses to the epoch's; `step` is the update they belong to."""
         values = {name: float(value) for name, value in losses.items()}
@@ -232,7 +261,7 @@ class Trainer:
         wrong = [name for name, value in losses.items() if not np.isfinite(value)]
         if wrong:
             terms = [name for name in wrong if name != training.TOTAL] or wrong
-            raise UserError(
+            raise Diverged(
                 f"Expected finite losses, found {losses[terms[0]]} in "
                 f"{' and '.join(repr(t) for t in terms)} {where} of "
                 f"{self._category!r}. Checkpoints before it are kept. Lower "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import optax
 
 from ulsad_jax.errors import UserError
 from ulsad_jax.features import ChannelStatistics
+from ulsad_jax.models.pyramid import FeaturePyramid
 from ulsad_jax.models.ulsad import Ulsad
 
 if TYPE_CHECKING:
@@ -50,6 +52,12 @@ def make_model(config: ConfigDict) -> Ulsad:
     return Ulsad(**config.model, dtype=jnp.dtype(config.train.dtype))
 
 
+def make_pyramid(config: ConfigDict) -> FeaturePyramid:
+    """The frozen network that a config describes."""
+    trunk, dtype = config.trunk, jnp.dtype(config.train.dtype)
+    return FeaturePyramid(trunk.architecture, dtype, trunk.layers)
+
+
 def make_optimizer(
     *, learning_rate: float, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
@@ -82,23 +90,28 @@ def init_state(
         features: shape of a batch of features.
         image: shape of a batch of images.
     """
+    variables = _init_variables(model, key, features, image)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(variables["params"]),
+    )
 
-    @jax.jit
-    def init(key: jax.Array) -> TrainState:
-        variables = model.init(
-            key,
-            jnp.zeros(features.shape, features.dtype),
-            jnp.zeros(image.shape, image.dtype),
-            train=True,
-        )
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
-            batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(variables["params"]),
-        )
 
-    return init(key)
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))  # compiled once, for all seeds
+def _init_variables(
+    model: Ulsad,
+    key: jax.Array,
+    features: jax.ShapeDtypeStruct,
+    image: jax.ShapeDtypeStruct,
+) -> Mapping[str, Any]:
+    return model.init(
+        key,
+        jnp.zeros(features.shape, features.dtype),
+        jnp.zeros(image.shape, image.dtype),
+        train=True,
+    )
 
 
 def make_train_step(

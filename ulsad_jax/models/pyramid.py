@@ -16,18 +16,22 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
 
 FEATURE_CHANNELS = 384
+# Which outputs of the trunk are features; all are put on layer2's grid.
+LAYERS = {"layer2+layer3": (0, 1), "layer2": (0,), "layer3": (1,)}
 
 
 class FeaturePyramid(nn.Module):
-    """layer2 and layer3 of a trunk on one grid, pooled to 384 channels.
+    """Layers of a trunk on one grid, pooled to 384 channels; as published, 2 and 3.
 
     Attributes:
         architecture: of the trunk, a key of `resnet.ARCHITECTURES`.
         dtype: computation type of the trunk.
+        layers: a key of `LAYERS`.
     """
 
     architecture: str
     dtype: DTypeLike = jnp.float32
+    layers: str = "layer2+layer3"
 
     def setup(self):
         """Makes the trunk."""
@@ -39,8 +43,9 @@ class FeaturePyramid(nn.Module):
         """Returns features in float32, not standardised."""
         layer2, layer3 = self.trunk(normalize_image(image))
         layer3 = resize(layer3.astype(jnp.float32), layer2.shape[1:3])
-        features = jnp.concatenate([layer2.astype(jnp.float32), layer3], axis=-1)
-        return pool_channels(features, FEATURE_CHANNELS)
+        outputs = layer2.astype(jnp.float32), layer3
+        chosen = [outputs[i] for i in LAYERS[self.layers]]
+        return pool_channels(jnp.concatenate(chosen, axis=-1), FEATURE_CHANNELS)
 
 
 def pool_channels(x: Float[Array, "b h w c"], bins: int) -> Float[Array, "b h w bins"]:

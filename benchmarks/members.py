@@ -1,0 +1,90 @@
+"""How fast members of a sweep are trained at once: one line of JSON for each number.
+
+    python benchmarks/members.py --config=configs/quickstart.py --members=1,2,4,8
+
+Each line has the seconds of the first step, which compiles, peaks of memory so far
+beside the estimate that waves are cut by, and updates of single members in a second.
+Images and features are noise: no data set is read. On several devices (on a CPU with
+XLA_FLAGS=--xla_force_host_platform_device_count=8, whose devices share the cores and
+say nothing about speed) members are placed over them.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py")
+_MEMBERS = flags.DEFINE_list("members", ["1", "2", "4", "8"], "How many at once.")
+_BACKEND = flags.DEFINE_string("backend", "", "As config.sweep.backend.")
+_STEPS = flags.DEFINE_integer("steps", 5, "Timed, after one that is not.")
+
+
+def main(argv: list[str]) -> None:
+    """Measures every number of members, one after the other."""
+    del argv
+    for count in map(int, _MEMBERS.value):
+        print(json.dumps(measure(_CONFIG.value, count, _STEPS.value)), flush=True)
+
+
+def measure(config, count: int, steps: int) -> dict[str, float]:
+    """Compiles the update of so many members, and takes steps."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ulsad_jax import losses, stages, training
+    from ulsad_jax.models.pyramid import FEATURE_CHANNELS
+    from ulsad_jax.sweep import memory, wave
+
+    model, loss_fn = training.make_model(config), losses.make_loss_fn(config.losses)
+    optimizer = training.make_optimizer(**config.optimizer)
+    batch, (height, width) = config.train.batch_size, config.image_size
+    rng = np.random.default_rng(0)
+    shape = (batch, height // 8, width // 8, FEATURE_CHANNELS)
+    features = rng.normal(size=shape).astype(np.float32)
+    images = rng.integers(0, 256, (batch, height, width, 3), np.uint8)
+    state = training.init_state(
+        model,
+        optimizer,
+        jax.random.key(0),
+        features=jax.ShapeDtypeStruct(shape, jnp.float32),
+        image=jax.ShapeDtypeStruct(images.shape, jnp.uint8),
+    )
+    numbers = wave.take_numbers(config, ["optimizer.learning_rate"])
+    update = wave.make_update(model, loss_fn, config.optimizer.to_dict())
+    program = wave.choose_backend(_BACKEND.value)(
+        update, [jax.device_get(state)] * count, [numbers] * count
+    )
+    batches = [(features, images)] * count
+    started = time.perf_counter()
+    program.step(batches)
+    program.state(0)
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    for _ in range(steps):
+        losses_ = program.step(batches)
+    jax.block_until_ready((losses_, program.state(0)))
+    seconds = (time.perf_counter() - started) / steps
+    device = jax.devices()[0]
+    return {
+        "members": count,
+        "devices": jax.device_count(),
+        "device": device.device_kind,
+        "backend": type(program).__name__,
+        "first_step_seconds": round(first, 2),
+        "estimated_bytes_a_member": memory.estimate_member(config),
+        "process_peak_bytes": stages.peak_bytes(),
+        "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "seconds_per_step": round(seconds, 4),
+        "member_steps_per_second": round(count / seconds, 3),
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)

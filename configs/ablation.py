@@ -1,0 +1,50 @@
+"""The paper's ablation: `--config=configs/ablation.py:<config>[:<categories>]`."""
+
+from ml_collections import ConfigDict
+
+from configs import sweep
+
+LAMBDAS = {"0": 0.0, "1_4": 0.25, "3_4": 0.75, "1": 1.0}  # 1/2 is the full system
+# timm's repositories of other trunks, where the config's comes from there, too.
+TRUNKS = {"resnet18": "timm/resnet18.a1_in1k", "resnet50": "timm/resnet50.a1_in1k"}
+TERMS = ("local", "attention", "consistency")
+
+
+def get_config(base: str = "quickstart") -> ConfigDict:
+    """Returns one variant for each thing that the paper varies, with three seeds.
+
+    Fusions are compared in every variant. DFR is the local term alone without cosine;
+    its maps are the local ones.
+
+    Args:
+        base: see configs/sweep.py.
+    """
+    config = sweep.get_config(base)
+    config.sweep.fusions = True
+    config.evaluation.original_resolution = False
+    config.evaluation.pictures_per_type = 2
+    variants = {
+        "full": {},
+        "dfr": {
+            "losses": {
+                "local": {"cosine_weight": 0.0},
+                "attention": {"weight": 0.0},
+                "consistency": {"weight": 0.0},
+            }
+        },
+        "no_attention": {"losses": {"attention": {"weight": 0.0}}},
+        "no_consistency": {"losses": {"consistency": {"weight": 0.0}}},
+        "layer2": {"trunk": {"layers": "layer2"}},
+        "layer3": {"trunk": {"layers": "layer3"}},
+        "random_trunk": {"trunk": {"source": "random"}},
+        "identity_output": {"model": {"output_activation": "identity"}},
+    }
+    for name, value in LAMBDAS.items():
+        losses = {term: {"cosine_weight": value} for term in TERMS}
+        variants[f"lambda_{name}"] = {"losses": losses}
+    if config.trunk.source == "hub":
+        for name, repository in TRUNKS.items():
+            trunk = {"architecture": name, "repository": repository}
+            variants[f"trunk_{name}"] = {"trunk": trunk}
+    config.sweep.variants = ConfigDict(variants)
+    return config

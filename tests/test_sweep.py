@@ -1,0 +1,490 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import sweep as sweep_config
+from tests import runs
+from ulsad_jax import training
+from ulsad_jax.errors import Interrupted, UserError
+from ulsad_jax.losses import make_loss_fn
+from ulsad_jax.sweep import grid, memory, summary, wave
+from ulsad_jax.sweep import run as sweep
+
+TRACED = [
+    *("optimizer.learning_rate", "optimizer.weight_decay"),
+    *("losses.local.cosine_weight", "losses.attention.weight"),
+]
+SHORT = {"train.num_epochs": 2, "train.checkpoint_every": 1}
+
+
+def make_config(root, axes, *, variants=None, category="bottle,cable", **fields):
+    """The smallest system with a grid over it."""
+    config = runs.make_config(root, SHORT | fields, category=category)
+    config = sweep_config.add_sweep(config)
+    config.sweep.grid.seed = ()
+    config.sweep.grid.update_from_flattened_dict(axes)
+    config.sweep.variants = ConfigDict(variants or {})
+    return config
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, data):
+    """Two categories of unlike length, two seeds: four members."""
+    workdir = tmp_path_factory.mktemp("swept") / "run"
+    config = make_config(data, {"seed": (0, 1)})
+    return runs.Run(workdir, config, sweep.train(config, workdir))
+
+
+def member_folder(workdir, category, seed):
+    return workdir / "members" / f"{category}-seed_{seed}"
+
+
+def test_member_is_its_lone_run(swept, data, tmp_path):
+    """The whole folder: losses, validation, checkpoints, metrics."""
+    category, seed = "bottle", 1
+    config = runs.make_config(data, SHORT | {"seed": seed}, category=category)
+    runs.train(config, tmp_path / "lone")
+    folder = member_folder(swept.workdir, category, seed)
+    assert runs.read_steps(folder, category) == runs.read_steps(
+        tmp_path / "lone", category
+    )
+    for found, expected in zip(
+        runs.read_metrics(folder, category),
+        runs.read_metrics(tmp_path / "lone", category),
+        strict=True,
+    ):
+        assert found == pytest.approx(expected, rel=1e-4)
+    found, expected = (
+        runs.read_results(f)["categories"][category]
+        for f in (folder, tmp_path / "lone")
+    )
+    for name in ("image_auroc", "pixel_auroc", "aupro"):
+        assert found[name] == pytest.approx(expected[name], abs=2e-3), name
+    assert (folder / "report.html").exists()
+
+
+def test_members_on_two_devices(swept, data, tmp_path):
+    """Three members, so that a place is left over; an equal config on one device."""
+    flags = {
+        "sweep.grid.seed": (0, 1, 2),
+        "dataset.root": data,
+        "dataset.cache_dir": data.parent / "cache",
+        **(runs.FIELDS | SHORT),
+    }
+    command = [sys.executable, "train.py", "--config=configs/sweep.py:mvtec_ad:cable"]
+    command += [f"--config.{name}={value}" for name, value in flags.items()]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path / 'run'}"],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "each of 2 device(s)" in done.stdout
+    assert "1 wave of up to 3" in done.stdout
+    for seed in (0, 1):
+        found = runs.read_metrics(
+            tmp_path / "run" / "members" / f"cable-seed_{seed}", "cable"
+        )
+        alone = member_folder(swept.workdir, "cable", seed)
+        for a, b in zip(found, runs.read_metrics(alone, "cable"), strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+
+
+def make_parts():
+    config = runs.make_config(Path("data"))
+    features = jax.ShapeDtypeStruct((4, 8, 8, 384), jnp.float32)
+    image = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.uint8)
+    return config, training.make_model(config), {"features": features, "image": image}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Two unlike lone runs of ten steps: (numbers, state, batches, losses) of each."""
+    config, model, shapes = make_parts()
+    rng = np.random.default_rng(0)
+    smooth = np.linspace(-1, 1, 8)[:, None, None] * np.sin(np.arange(384))
+    found = []
+    for i, fields in enumerate(
+        (
+            {"optimizer.learning_rate": 1e-4, "losses.local.cosine_weight": 0.0},
+            {"optimizer.weight_decay": 0.1, "losses.attention.weight": 0.5},
+        )
+    ):
+        own = config.copy_and_resolve_references()
+        own.update_from_flattened_dict(fields)
+        optimizer = training.make_optimizer(**own.optimizer)
+        state = training.init_state(model, optimizer, jax.random.key(i), **shapes)
+        start = jax.device_get(state)
+        step = training.make_train_step(model, make_loss_fn(own.losses), optimizer)
+        features = rng.normal(size=(10, 4, 8, 8, 384)) + smooth
+        images = rng.integers(0, 256, (10, 4, 64, 64, 3), np.uint8)
+        batches = list(zip(features.astype(np.float32), images, strict=True))
+        losses = []
+        for batch in batches:
+            state, values = step(state, *batch)
+            losses.append({name: float(value) for name, value in values.items()})
+        found.append((wave.take_numbers(own, TRACED), start, batches, losses))
+    return found
+
+
+@pytest.mark.parametrize(("backend", "tolerance"), [("loop", 1e-5), ("vmap", 1e-4)])
+def test_ten_steps_are_those_of_lone_runs(alone, backend, tolerance):
+    """Numbers of all kinds are traced; `vmap` rounds its convolutions differently."""
+    config, model, _ = make_parts()
+    loss_fn, optimizer = make_loss_fn(config.losses), config.optimizer.to_dict()
+    numbers, states, batches, expected = zip(*alone, strict=True)
+    update = wave.make_update(model, loss_fn, optimizer)
+    program = wave.choose_backend(backend)(update, states, numbers)
+    for step in range(10):
+        losses = program.step([own[step] for own in batches])
+        for i, own in enumerate(expected):
+            found = {name: float(value[i]) for name, value in losses.items()}
+            assert found == pytest.approx(own[step], rel=tolerance)
+
+
+def test_table(swept):
+    """Mean and deviation over seeds; every number is a member's."""
+    members = read(swept.workdir / "members.csv")
+    assert len(members) == 4
+    for member in members:
+        folder = swept.workdir / "members" / member["member"]
+        document = runs.read_results(folder)["mean"]
+        assert float(member["image_auroc"]) == document["image_auroc"]
+        assert member["failure"] == ""
+    rows = {
+        (r["setting"], r["category"]): r for r in read(swept.workdir / "results.csv")
+    }
+    assert len(rows) == 3  # bottle, cable and their mean
+    for (setting, category), row in rows.items():
+        by_seed = {}
+        for member in members:
+            if member["setting"] == setting and category in (
+                member["category"],
+                "mean",
+            ):
+                by_seed.setdefault(member["seed"], []).append(float(member["aupro"]))
+        values = [statistics.mean(v) for v in by_seed.values()]
+        assert int(row["seeds"]) == len(values) == 2
+        assert float(row["aupro mean"]) == pytest.approx(statistics.mean(values))
+        assert float(row["aupro std"]) == pytest.approx(statistics.stdev(values))
+    document = json.loads((swept.workdir / "results.json").read_text())
+    assert len(document["groups"]) == 3
+    by_test = document["best"]["bottle"]["by_test_auroc"]
+    assert by_test["selected_on_test"] is True
+    assert by_test["value"] == max(
+        float(m["image_auroc"]) for m in members if m["category"] == "bottle"
+    )
+    by_loss = document["best"]["bottle"]["by_validation_loss"]
+    assert by_loss["selected_on_test"] is False
+    assert "SELECTED ON THE TEST SET" in swept.printed
+    assert (swept.workdir / "results.png").stat().st_size > 1000
+
+
+def test_features_are_extracted_once_for_all_seeds(data, tmp_path, monkeypatch):
+    """Seeds part the same normals differently; waves of one are as one wave."""
+    config = make_config(data, {"seed": (0, 1)}, category="bottle")
+    config.train.num_epochs = 1
+    made, waves = [], []
+    source, train = sweep.Source, wave.train
+    monkeypatch.setattr(sweep, "Source", lambda *a: made.append(1) or source(*a))
+    monkeypatch.setattr(wave, "train", lambda *a: waves.append(len(a[0])) or train(*a))
+    config.trunk.source = "builtin"  # a random one is another for each seed
+    for name, allowed, expected in (("both", 0.0, [2]), ("apart", 1e-9, [1, 1])):
+        made.clear(), waves.clear()
+        config.sweep.device_memory = allowed
+        sweep.train(config, tmp_path / name)
+        assert (made, waves) == ([1], expected)
+    for seed in (0, 1):
+        found, expected = (
+            runs.read_metrics(tmp_path / name / "members" / f"bottle-seed_{seed}")
+            for name in ("apart", "both")
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+
+
+def interrupt_after(monkeypatch, count, action):
+    """Acts when so many steps of a wave are taken; returns the list of steps."""
+    step, taken = wave.InTurn.step, []
+
+    def counting(program, batches):
+        taken.append(1)
+        if len(taken) == count:
+            action()
+        return step(program, batches)
+
+    monkeypatch.setattr(wave.InTurn, "step", counting)
+    return taken
+
+
+def assert_same_sweep(found, expected):
+    for row, other in zip(
+        read(found / "members.csv"), read(expected / "members.csv"), strict=True
+    ):
+        assert row["member"] == other["member"]
+        for name, value in row.items():
+            if name in ("member", "setting", "category", "failure"):
+                assert value == other[name]
+            elif not math.isnan(float(other[name])):
+                assert float(value) == pytest.approx(float(other[name]), abs=3e-3), name
+
+
+def test_stopped_and_resumed(swept, tmp_path, monkeypatch):
+    """cable has 4 steps, bottle 6: stopped at 5, the former is not trained again."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="after step 5"):
+            sweep.train(swept.config, tmp_path / "run")
+    cable = member_folder(tmp_path / "run", "cable", 0)
+    assert runs.read_steps(cable, "cable") == [4]
+    with monkeypatch.context() as patch:
+        taken = interrupt_after(patch, 99, None)
+        sweep.train(swept.config, tmp_path / "run")
+    assert len(taken) == 1  # the sixth of bottle
+    assert_same_sweep(tmp_path / "run", swept.workdir)
+
+
+def test_killed_and_resumed(swept, tmp_path, monkeypatch):
+    """Nothing is saved at the kill: bottle begins again at its last checkpoint."""
+
+    def kill():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6, kill)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.train(swept.config, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        taken = interrupt_after(patch, 99, None)
+        sweep.train(swept.config, tmp_path / "run")
+    assert len(taken) == 3
+    assert_same_sweep(tmp_path / "run", swept.workdir)
+
+
+def test_more_members_later(swept, tmp_path, monkeypatch):
+    """What was trained is left alone; a finished sweep trains nothing."""
+    workdir = shutil.copytree(swept.workdir, tmp_path / "run")
+    config = swept.config.copy_and_resolve_references()
+    trained = []
+    train = wave.train
+    monkeypatch.setattr(
+        wave, "train", lambda *a: trained.append(len(a[0])) or train(*a)
+    )
+    assert (
+        sweep.train(config, workdir).splitlines()[:4]
+        == (swept.printed.splitlines()[:4])
+    )
+    assert trained == []
+    config.sweep.grid.seed = (0, 1, 2)
+    config.dataset.category = "cable"
+    sweep.train(config, workdir)
+    assert trained == [1]
+    rows = read(workdir / "results.csv")
+    assert [(r["category"], r["seeds"]) for r in rows] == [("cable", "3")]
+
+
+def test_diverging_member_leaves_the_others_alone(swept, data, tmp_path):
+    axes = {"optimizer.learning_rate": (2e-4, 1e38)}
+    config = make_config(data, axes, category="cable")
+    for _ in range(2):  # and is not tried again
+        printed = sweep.train(config, tmp_path)
+        assert "failed: Expected finite losses, found " in printed
+    good, bad = read(tmp_path / "members.csv")
+    assert "finite" in bad["failure"]
+    assert good["failure"] == "" and float(good["image_auroc"]) >= 0
+    best = json.loads((tmp_path / "results.json").read_text())["best"]["cable"]
+    assert best["by_validation_loss"]["member"] == good["member"]
+    rows = read(tmp_path / "results.csv")
+    assert [row["seeds"] for row in rows] == ["1", "0"]
+
+
+def test_variants_of_other_programs_and_fusions(data, tmp_path):
+    """Layers and trunks are features, activations programs; fusions are evaluated."""
+    variants = {
+        "full": {},
+        "dfr": {"losses": {"attention": {"weight": 0.0}}},
+        "layer2": {"trunk": {"layers": "layer2"}},
+        "identity": {"model": {"output_activation": "identity"}},
+    }
+    config = make_config(data, {}, variants=variants, category="cable")
+    config.train.num_epochs = 1
+    config.sweep.fusions = True
+    members = grid.list_members(config, ["cable"])
+    traced = grid.traced_fields(members)
+    assert traced == ["losses.attention.weight"]
+    programs = {m.setting: grid.program(m, traced) for m in members}
+    assert programs["full"] == programs["dfr"] == programs["layer2"]
+    assert programs["full"] != programs["identity"]
+    printed = sweep.train(config, tmp_path)
+    assert "AUROC, local" in printed and "AUROC, raw mean" in printed
+    for row in read(tmp_path / "members.csv"):
+        folder = tmp_path / "members" / row["member"]
+        scores = runs.read_scores(folder, "cable")
+        labels = np.array([int(s["label"]) for s in scores])
+        for fusion in ("local", "global"):
+            values = np.array([float(s[f"{fusion}_score"]) for s in scores])
+            wins = values[labels == 1][:, None] - values[labels == 0]
+            auroc = np.mean((wins > 0) + 0.5 * (wins == 0))
+            found = float(row[f"{fusion}: image_auroc"])
+            assert found == pytest.approx(auroc, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("axes", "variants", "expected"),
+    [
+        ({}, {}, "Expected values in config.sweep.grid"),
+        ({"seed": (0, 0)}, {}, "every value once"),
+        ({"seed": (0, 0.5)}, {}, r"config\.seed"),
+        ({"seed": (-1,)}, {}, r"Member bottle-seed_-1.*config\.seed"),
+        ({"optimizer.learning_rate": ("fast",)}, {}, "finite numbers, found 'fast'"),
+        ({"optimizer.learning_rate": (True,)}, {}, "finite numbers, found True"),
+        ({"losses.local.weight": (math.nan,)}, {}, "finite numbers, found nan"),
+        (
+            {"optimizer.learning_rate": (0.0,)},
+            {},
+            r"learning_rate to be a number above",
+        ),
+        ({"model.output_activation": (1,)}, {}, "like 'relu', found 1"),
+        ({"dataset.category": ("bottle",)}, {}, r"config\.dataset\.category"),
+        ({}, {"a": {"optimizer": {"rate": 1.0}}}, "found 'optimizer.rate'"),
+        ({}, {"a": {"local": {"weight": 1.0}}}, "mean 'losses.local.weight'"),
+        ({}, {"a": 3}, "to map fields to values, found 3"),
+        ({}, {"a": {}, "b": {}}, "a-seed_0 and bottle-b-seed_0 alike"),
+        ({"seed": (0, 1)}, {"a": {"seed": 2}}, "found it in both"),
+        ({"losses.local.weight": (0.1, 0.1 + 1e-12)}, {}, "names of their own"),
+    ],
+)
+def test_bad_grid(tmp_path, axes, variants, expected):
+    config = make_config(tmp_path, {}, variants=variants)
+    with config.ignore_type():
+        config.sweep.grid.update_from_flattened_dict(axes)
+    with pytest.raises(UserError, match=expected):
+        grid.list_members(config, ["bottle"])
+
+
+def test_values_that_are_no_tuple(tmp_path):
+    config = make_config(tmp_path, {})
+    with config.ignore_type():
+        config.sweep.grid.seed = 3
+    with pytest.raises(UserError, match=r"Write \(3,\)"):
+        grid.list_members(config, ["bottle"])
+
+
+def test_unknown_field_of_the_sweep(tmp_path):
+    config = make_config(tmp_path, {"seed": (0, 1)})
+    config.sweep.memory = 3
+    with pytest.raises(UserError, match="Look at memory"):
+        grid.list_members(config, ["bottle"])
+
+
+def test_folder_of_something_else(finished, swept, tmp_path):
+    with pytest.raises(UserError, match="another --workdir"):
+        sweep.train(swept.config, finished.workdir)
+    assert not (finished.workdir / "members").exists()
+
+
+def test_waves():
+    budget = memory.Budget(device=100, host=10)
+    options = {"item_bytes": 30, "devices": 2, "budget": budget}
+    one = memory.cut_waves(list("aaaaaaa"), source=lambda s: (s, 4), **options)
+    assert one == [list("aaaaaa"), ["a"]]
+    many = memory.cut_waves(list("aabbccd"), source=lambda s: (s, 4), **options)
+    assert many == [list("aabb"), list("ccd")]
+    options["item_bytes"] = 1000
+    alone = memory.cut_waves(list("ab"), source=lambda s: (s, 99), **options)
+    assert alone == [["a"], ["b"]]
+
+
+def test_estimate_grows_with_what_it_counts():
+    config, _, _ = make_parts()
+    base = memory.estimate_member(config)
+    parameters = (
+        3
+        * 4
+        * sum(
+            leaf.size
+            for leaf in jax.tree.leaves(
+                jax.eval_shape(
+                    lambda: training.make_model(config).init(
+                        jax.random.key(0),
+                        jnp.zeros((2, 8, 8, 384)),
+                        jnp.zeros((2, 64, 64, 3)),
+                        train=False,
+                    )
+                )
+            )
+        )
+    )
+    assert base > parameters
+    for field, value in (("local_width", 64),):
+        config.model[field] = value
+    assert memory.estimate_member(config) > base
+    config.train.batch_size *= 2
+    assert memory.estimate_member(config) > base
+
+
+def test_losses_of_other_sums_are_not_compared():
+    def entry(name, loss, auroc, fields):
+        member = SimpleNamespace(category="a", name=name)
+        metrics = {"image_auroc": auroc, "validation_loss": loss}
+        return summary.Entry(member, "", 1, metrics, fields)
+
+    same = [entry("x", 2.0, 0.9, "w=1"), entry("y", 1.0, math.nan, "w=1")]
+    best = summary.find_best(same)["a"]
+    assert best["by_validation_loss"]["member"] == "y"
+    assert best["by_test_auroc"]["member"] == "x"
+    other = [*same, entry("z", 0.1, 0.5, "w=0.1")]
+    assert summary.find_best(other)["a"].keys() == {"by_test_auroc"}
+
+
+def test_a_category_that_is_missing_for_a_seed_is_not_averaged():
+    def entry(category, seed, value, failure=""):
+        member = SimpleNamespace(
+            setting="s", category=category, seed=seed, name=f"{category}{seed}"
+        )
+        metrics = {} if failure else {"image_auroc": value}
+        return summary.Entry(member, failure, 1, metrics, "")
+
+    groups = summary.group(
+        [
+            entry("a", 0, 0.5),
+            entry("a", 1, 0.7),
+            entry("b", 0, 0.9),
+            entry("b", 1, 0.0, failure="diverged"),
+        ]
+    )
+    found = {g.category: g for g in groups}
+    assert found["a"].mean["image_auroc"] == pytest.approx(0.6)
+    assert found["a"].std["image_auroc"] == pytest.approx(math.sqrt(0.02))
+    assert found["b"].seeds == [0] and math.isnan(found["b"].std["image_auroc"])
+    assert found["mean"].seeds == [0]
+    assert found["mean"].mean["image_auroc"] == pytest.approx(0.7)
+    table = summary.table(groups).splitlines()
+    assert table[1].split() == ["s", "a", "2", "60.0", "±", "14.1"]

@@ -1,0 +1,236 @@
+"""The members of a sweep: what each one's config is, and what it shares with others."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ulsad_jax import config as config_lib
+from ulsad_jax import results
+from ulsad_jax.errors import UserError, suggest
+from ulsad_jax.sweep.wave import BACKENDS
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+FIELDS = ("grid", "variants", "fusions", "backend", "device_memory", "host_memory")
+SEED = "seed"
+# What the training step does not depend on: it belongs to the data, to the features,
+# to validation or to the loop.
+OUTSIDE_STEP = (
+    *("seed", "selection", "calibration", "threshold.", "dataset.", "trunk."),
+    *("evaluation.", "train.num_epochs", "train.checkpoint_every"),
+)
+
+
+class Member(NamedTuple):
+    """One training of a sweep.
+
+    Attributes:
+        name: of its folder; tells what is its own.
+        setting: its name without category and seed, which members are averaged over.
+        category: that it is trained on.
+        fields: what its variant and its place in the grid set.
+        config: of the same training alone.
+    """
+
+    name: str
+    setting: str
+    category: str
+    fields: dict[str, Any]
+    config: ConfigDict
+
+    @property
+    def seed(self) -> int:
+        """Of its initial weights, order and split."""
+        return self.config.seed
+
+
+def list_members(config: ConfigDict, categories: Sequence[str]) -> list[Member]:
+    """Every category, variant and combination of the grid's values.
+
+    Args:
+        config: with `sweep`, see configs/sweep.py.
+        categories: to train.
+
+    Raises:
+        UserError: a field that is not there, a value of another kind or twice, or no
+            value at all.
+    """
+    sweep = config.sweep
+    if unknown := sorted(set(sweep.keys()) ^ set(FIELDS)):
+        raise UserError(
+            f"Expected config.sweep to hold {', '.join(FIELDS)}, as in "
+            f"configs/sweep.py, found {', '.join(sweep.keys())}. Look at "
+            f"{', '.join(unknown)}."
+        )
+    if sweep.backend not in ("", *BACKENDS):
+        raise UserError(
+            f"Expected config.sweep.backend to be empty or {' or '.join(BACKENDS)}, "
+            f"found {sweep.backend!r}. Set it with --config.sweep.backend=..."
+        )
+    base = config.copy_and_resolve_references()
+    with base.unlocked():
+        del base.sweep
+    base_fields = dict(config_lib.flatten(base))
+    axes = {k: v for k, v in config_lib.flatten(sweep.grid) if v != ()}
+    for field, values in axes.items():
+        _check_axis(field, values, base_fields)
+    variants = {
+        name: dict(config_lib.flatten(fields)) for name, fields in _variants(sweep)
+    }
+    for name, fields in variants.items():
+        for field, value in fields.items():
+            _check_value(f"config.sweep.variants.{name}", field, value, base_fields)
+            if field in axes:
+                raise UserError(
+                    f"Expected config.{field} in config.sweep.grid or in "
+                    f"config.sweep.variants.{name}, found it in both. Remove one."
+                )
+    if not axes and not variants:
+        raise UserError(
+            "Expected values in config.sweep.grid, or variants, found none. Give some, "
+            "as with --config.sweep.grid.seed='(0, 1, 2)'."
+        )
+    members = [
+        _make_member(base, category, name, variant, dict(zip(axes, point, strict=True)))
+        for category in categories
+        for name, variant in (variants or {"": {}}).items()
+        for point in itertools.product(*axes.values())
+    ]
+    _check_distinct(members)
+    return members
+
+
+def traced_fields(members: Sequence[Member]) -> list[str]:
+    """The numbers of the step in which members differ: arguments of the program."""
+    tables = [dict(config_lib.flatten(member.config)) for member in members]
+    return [
+        field
+        for field in tables[0]
+        if _is_number_of_step(field, tables)
+        and len({table.get(field) for table in tables}) > 1
+    ]
+
+
+def program(member: Member, traced: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    """What members must have in common to be trained by one program."""
+    return tuple(
+        (field, value)
+        for field, value in sorted(config_lib.flatten(member.config))
+        if field not in traced and not field.startswith(OUTSIDE_STEP)
+    )
+
+
+def _is_number_of_step(field: str, tables: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a field may be traced: an optimizer's, a weight, a float of a term.
+
+    An integer of a term may be a shape or a count, and makes a program of its own.
+    """
+    values = [table.get(field) for table in tables]
+    if not all(map(_is_number, values)):
+        return False
+    match field.split("."):
+        case "losses", _, name:
+            return name == "weight" or any(isinstance(v, float) for v in values)
+        case group, *_:
+            return group == "optimizer"
+
+
+def _variants(sweep: ConfigDict) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name, fields in sweep.variants.items():
+        if not hasattr(fields, "keys"):
+            raise UserError(
+                f"Expected config.sweep.variants.{name} to map fields to values, found "
+                f"{fields!r}. See configs/ablation.py."
+            )
+        yield name, fields
+
+
+def _check_axis(field: str, values: Any, known: Mapping[str, Any]) -> None:
+    where = "config.sweep.grid"
+    if not isinstance(values, tuple):
+        raise UserError(
+            f"Expected {where}.{field} to be a tuple of values, found {values!r}. "
+            f"Write ({values!r},)."
+        )
+    for value in values:
+        _check_value(where, field, value, known)
+    if len(set(values)) < len(values):
+        raise UserError(
+            f"Expected {where}.{field} to have every value once, found {values}. "
+            "Remove what is there twice."
+        )
+
+
+def _check_value(where: str, field: str, value: Any, known: Mapping[str, Any]) -> None:
+    """Refuses a field that is not there, and a value unlike the one it replaces."""
+    if field not in known:
+        raise UserError(
+            f"Expected fields of the config in {where}, found {field!r}. "
+            f"Correct its name.{suggest(field, known)}"
+        )
+    if field == "dataset.category":
+        raise UserError(
+            f"Expected no dataset.category in {where}: a sweep trains every category "
+            f"of config.dataset.category, found {value!r}. Set it there."
+        )
+    old = known[field]
+    if _is_number(old):
+        fits = _is_number(value) and math.isfinite(value)
+    else:
+        fits = type(value) is type(old)
+    if not fits:
+        kind = "finite numbers" if _is_number(old) else f"like {old!r}"
+        raise UserError(
+            f"Expected values of {field} in {where} to be {kind}, found {value!r}. "
+            "Correct it."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _make_member(
+    base: ConfigDict,
+    category: str,
+    variant: str,
+    changes: Mapping[str, Any],
+    point: Mapping[str, Any],
+) -> Member:
+    """A member of a variant, whose name stands for its changes, at a grid point."""
+    fields = {**changes, **point}
+    config = base.copy_and_resolve_references()
+    with config.ignore_type(), config.unlocked():
+        config.update_from_flattened_dict({**fields, "dataset.category": category})
+    parts = [variant] if variant else []
+    parts += [f"{k}_{_show(v)}" for k, v in point.items() if k != SEED]
+    name = results.file_name("-".join([category, *parts, f"seed_{config.seed}"]))
+    try:
+        config_lib.validate(config)
+    except UserError as error:
+        raise UserError(f"Member {name} of the sweep: {error}") from error
+    return Member(name, "-".join(parts) or "all", category, fields, config)
+
+
+def _show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _check_distinct(members: Sequence[Member]) -> None:
+    """Refuses members that are one training, or share a folder."""
+    for key, what in (
+        (lambda m: str(sorted(config_lib.flatten(m.config))), "to differ"),
+        (lambda m: m.name, "to have names of their own"),
+    ):
+        seen: dict[str, Member] = {}
+        for member in members:
+            other = seen.setdefault(key(member), member)
+            if other is not member:
+                raise UserError(
+                    f"Expected all members of the sweep {what}, found {other.name} and "
+                    f"{member.name} alike. Remove a value or a variant."
+                )

@@ -154,9 +154,13 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize(("backend", "tolerance"), [("loop", 1e-5), ("vmap", 1e-4)])
-def test_ten_steps_are_those_of_lone_runs(alone, backend, tolerance):
-    """Numbers of all kinds are traced; `vmap` rounds its convolutions differently."""
+@pytest.mark.parametrize("backend", ["loop", "vmap"])
+def test_ten_steps_are_those_of_lone_runs(alone, backend):
+    """Numbers of all kinds are traced.
+
+    `vmap` rounds its convolutions differently, and Adam's first steps make full steps
+    of the rounding in gradients near zero: there the first two losses agree as well.
+    """
     config, model, _ = make_parts()
     loss_fn, optimizer = make_loss_fn(config.losses), config.optimizer.to_dict()
     numbers, states, batches, expected = zip(*alone, strict=True)
@@ -166,6 +170,7 @@ def test_ten_steps_are_those_of_lone_runs(alone, backend, tolerance):
         losses = program.step([own[step] for own in batches])
         for i, own in enumerate(expected):
             found = {name: float(value[i]) for name, value in losses.items()}
+            tolerance = 1e-3 if backend == "vmap" and step > 1 else 1e-5
             assert found == pytest.approx(own[step], rel=tolerance)
 
 

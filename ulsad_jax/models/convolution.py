@@ -1,10 +1,9 @@
-"""Convolutions whose gradients are lowered as the platform likes them.
+"""Convolutions, lowered as the platform likes them.
 
-On GPU and TPU everything is XLA's own. On CPUs XLA runs the gradients of unstrided
-convolutions with even kernels, and of strided transposed ones, an order of magnitude
-below the machine's matrix product; there, these gradients are taken through an
-equal function that is written as products over the kernel's taps. (Such a
-convolution can be differentiated in reverse mode only.)
+On GPU and TPU everything is XLA's own. On CPUs XLA runs matrix products faster than most
+convolutions, and much faster than their gradients. There, convolutions of many channels
+and their gradients are products over the kernel's taps: the same sums in another order.
+(Such a convolution can be differentiated in reverse mode only.)
 
 Kernels are [kh, kw, in, out]; stride and padding are the same on both axes.
 """
@@ -20,8 +19,6 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-MANY_IMAGES = 32  # batches from here on are cut for the kernel's gradient
-CHUNK_ELEMENTS = 2**20  # of the taps held at once
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -44,13 +41,11 @@ def convolve(
         )
 
     def taps(x, kernel):
-        return _convolve_taps(_pad(x, padding), kernel)
+        return _convolve_taps(_pad(x, padding), kernel, stride)
 
-    if stride == 1 and kernel.shape[0] % 2 == 0:
-        return _with_cpu_gradient(native, taps)(x, kernel)
-    if kernel.shape[0] > 1:
-        return _with_chunked_kernel_gradient(native, stride, padding)(x, kernel)
-    return native(x, kernel)
+    if kernel.shape[0] == 1:
+        return native(x, kernel)
+    return _lower(native, taps)(x, kernel)
 
 
 def convolve_transposed(
@@ -65,6 +60,8 @@ def convolve_transposed(
     The output has (n - 1) * stride - 2 * padding + k rows and columns.
     """
     k = kernel.shape[0]
+    if stride == 1:
+        return convolve(x, kernel, stride=1, padding=k - 1 - padding)
 
     def native(x, kernel):
         return jax.lax.conv_general_dilated(
@@ -77,12 +74,15 @@ def convolve_transposed(
         )
 
     if (k, stride, padding) == (4, 2, 1):
-        return _with_cpu_gradient(native, _double)(x, kernel)
+        return _lower(native, _double)(x, kernel)
     return native(x, kernel)
 
 
-def _with_cpu_gradient(native: Callable, taps: Callable) -> Callable:
-    """`native`, differentiated through the equal function `taps` on CPUs."""
+def _lower(native: Callable, taps: Callable) -> Callable:
+    """`native`; on CPUs, the equal function `taps` and its gradient."""
+
+    def forward(x, kernel):
+        return jax.lax.platform_dependent(x, kernel, cpu=taps, default=native)
 
     def backward(inputs, cotangent):
         def through(function):
@@ -92,61 +92,8 @@ def _with_cpu_gradient(native: Callable, taps: Callable) -> Callable:
             *inputs, cotangent, cpu=through(taps), default=through(native)
         )
 
-    function = jax.custom_vjp(native)
-    function.defvjp(lambda x, kernel: (native(x, kernel), (x, kernel)), backward)
-    return function
-
-
-def _with_chunked_kernel_gradient(
-    native: Callable, stride: int, padding: int
-) -> Callable:
-    """`native`, with the kernel's gradient as matrix products of a few images on CPUs.
-
-    The taps of a few images stay in the cache; those of a large batch would not.
-    """
-
-    def by_chunks(x, kernel, y):
-        size, _, i, o = kernel.shape
-        rows, columns = y.shape[1:3]
-        share = CHUNK_ELEMENTS // (rows * columns * size * size * i)
-        per_chunk = next(
-            n for n in range(max(1, min(share, len(x))), 0, -1) if len(x) % n == 0
-        )
-
-        def add(total, chunk):
-            x, y = chunk
-            x = _pad(x, padding)
-            taps = [
-                x[:, r : r + stride * rows : stride, s : s + stride * columns : stride]
-                for r in range(size)
-                for s in range(size)
-            ]
-            taps = jnp.concatenate(taps, axis=-1).reshape(-1, size * size * i)
-            product = jnp.matmul(
-                taps.T, y.reshape(-1, o), preferred_element_type=jnp.float32
-            )
-            return total + product, None
-
-        split = [a.reshape(-1, per_chunk, *a.shape[1:]) for a in (x, y)]
-        start = jnp.zeros((size * size * i, o), jnp.float32)
-        total, _ = jax.lax.scan(add, start, tuple(split))
-        return total.reshape(kernel.shape).astype(kernel.dtype)
-
-    def whole(x, kernel, y):
-        return jax.vjp(lambda kernel: native(x, kernel), kernel)[1](y)[0]
-
-    def backward(inputs, y):
-        x, kernel = inputs
-        to_input = jax.vjp(lambda x: native(x, kernel), x)[1](y)[0]
-        if len(x) < MANY_IMAGES:
-            return to_input, whole(x, kernel, y)
-        to_kernel = jax.lax.platform_dependent(
-            x, kernel, y, cpu=by_chunks, default=whole
-        )
-        return to_input, to_kernel
-
-    function = jax.custom_vjp(native)
-    function.defvjp(lambda x, kernel: (native(x, kernel), (x, kernel)), backward)
+    function = jax.custom_vjp(forward)
+    function.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
     return function
 
 
@@ -161,7 +108,7 @@ def _double(
     b, h, w, _ = x.shape
     x = _pad(x, 1)
     phases = [
-        _convolve_taps(x[:, r : r + h + 1, s : s + w + 1], kernel[r::2, s::2])
+        _convolve_taps(x[:, r : r + h + 1, s : s + w + 1], kernel[r::2, s::2], 1)
         for r in (0, 1)
         for s in (0, 1)
     ]
@@ -170,13 +117,42 @@ def _double(
 
 
 def _convolve_taps(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]
-) -> Float[Array, "b h-kh+1 w-kw+1 o"]:
+    x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int
+) -> Float[Array, "b oh ow o"]:
     """An unpadded convolution as one matrix product over all taps."""
     kh, kw, i, o = kernel.shape
-    rows, columns = x.shape[1] - kh + 1, x.shape[2] - kw + 1
-    taps = [x[:, r : r + rows, s : s + columns] for r in range(kh) for s in range(kw)]
-    return jnp.concatenate(taps, axis=-1) @ kernel.reshape(kh * kw * i, o)
+    rows, columns = ((n - k) // stride + 1 for n, k in zip(x.shape[1:3], (kh, kw)))
+    ends = stride * (rows - 1) + 1, stride * (columns - 1) + 1
+    taps = [
+        x[:, r : r + ends[0] : stride, s : s + ends[1] : stride]
+        for r in range(kh)
+        for s in range(kw)
+    ]
+    product = _multiply(
+        jnp.concatenate(taps, axis=-1).reshape(-1, kh * kw * i),
+        kernel.reshape(kh * kw * i, o),
+    )
+    return product.reshape(-1, rows, columns, o)
+
+
+@jax.custom_vjp
+def _multiply(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    """A matrix product whose gradients are plain products, too.
+
+    XLA's CPU kernels want both factors as they lie in memory: transposing the smaller
+    ones beforehand costs little. Only with sums in float32 do they use a CPU's bfloat16
+    matrix unit.
+    """
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+def _multiply_backward(factors, y):
+    a, b = factors
+    b, transposed = jax.lax.optimization_barrier((b.T, y.T))
+    return _multiply(y, b), _multiply(transposed, a).T
+
+
+_multiply.defvjp(lambda a, b: (_multiply(a, b), (a, b)), _multiply_backward)
 
 
 def _pad(x: Float[Array, "b h w c"], n: int) -> Float[Array, "b h+2n w+2n c"]:

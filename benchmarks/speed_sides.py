@@ -1,0 +1,314 @@
+"""The two sides of `benchmarks/speed.py`, each in a process of its own.
+
+A side's methods are jobs. `serve` runs one when the parent asks, and sleeps until then,
+so that the other side has the machine to itself. A timed job returns its seconds; the
+work is done when it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+ARCHITECTURE = "wide_resnet50_2"
+TERMS = ("local", "attention", "consistency")
+# Calibration of local and global maps: any but none.
+OFFSETS, SCALES = (0.5, 1.0), (0.25, 0.125)
+
+
+def serve(connection: Connection, side: str, options: dict[str, Any]) -> None:
+    """Answers (job, arguments) with the job's result until asked for None."""
+    worker = {"jax": JaxSide, "torch": TorchSide}[side](**options)
+    connection.send(worker.versions)
+    while (request := connection.recv()) is not None:
+        job, arguments = request
+        connection.send(getattr(worker, job)(*arguments))
+
+
+def clock(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and result of one call."""
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def make_images(count: int, size: int) -> np.ndarray:
+    """Random uint8 images of 8 x 8 patches and noise, [count, size, size, 3]."""
+    rng = np.random.default_rng(0)
+    patches = rng.integers(0, 224, (count, 8, 8, 3), np.uint8)
+    patches = patches.repeat(size // 8, 1).repeat(size // 8, 2)
+    return patches + rng.integers(0, 32, patches.shape, np.uint8)
+
+
+class JaxSide:
+    """This package, through the functions that training and evaluation use."""
+
+    def __init__(self, *, size: int, batch: int, dtype: str, weights: str, **_: Any):
+        """Draws weights and saves them for the other side.
+
+        Args:
+            size: of the square images.
+            batch: of a training step.
+            dtype: computation type.
+            weights: the .npz file to write.
+        """
+        import jax
+
+        from configs import default
+        from ulsad_jax import features, inference, losses, training
+        from ulsad_jax.models.pyramid import FeaturePyramid
+
+        self.jax = jax
+        self.versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        config = default.get_config()
+        config.train.dtype = dtype
+        pyramid = FeaturePyramid(ARCHITECTURE, jax.numpy.dtype(dtype))
+        model = training.make_model(config)
+        optimizer = training.make_optimizer(**config.optimizer)
+        trunk = draw_trunk()
+        images = make_images(batch, size)
+        self.extractor = features.make_extractor(pyramid, trunk)
+        # First calls, which compile, but for the call's own time.
+        self.first = {}
+        self.first["extract"], raw = clock(lambda: np.asarray(self.extractor(images)))
+        self.statistics = features.channel_statistics(raw)
+        self.kept = features.Kept(self.statistics.standardize(raw), images)
+        shapes = {
+            "features": jax.ShapeDtypeStruct(self.kept.features.shape, np.float32),
+            "image": jax.ShapeDtypeStruct(images.shape, np.uint8),
+        }
+        self.first["init"], state = clock(
+            lambda: jax.block_until_ready(
+                training.init_state(model, optimizer, jax.random.key(0), **shapes)
+            )
+        )
+        self.state = jax.device_put(state, jax.devices()[0])
+        loss_fn = losses.make_loss_fn(config.losses)
+        self.train_step = training.make_train_step(model, loss_fn, optimizer)
+        self.predict_step = inference.make_predict_step(pyramid, model)
+        # A copy, because training gives its state away.
+        variables = jax.tree.map(np.array, self.state.variables)
+        self.weights = make_weights(trunk, self.statistics, variables)
+        save_weights(weights, trunk, self.statistics, variables)
+
+    def results(self, training: bool, inference: bool) -> dict[str, np.ndarray]:
+        """What both sides have to agree on; in training by two steps."""
+        found = {"features": self.kept.features}
+        if inference:
+            found["map"] = self._predict(self.kept.images)
+        if training:
+            self.first["step"], found["first losses"] = clock(self._step)
+            found["second losses"] = self._step()
+        return found
+
+    def step(self) -> float:
+        """A training step from kept features, with the gathering of the batch."""
+        return clock(self._step)[0]
+
+    def predict(self, batch: int) -> float:
+        """From uint8 images in host memory to fused maps there."""
+        images = make_images(batch, self.kept.images.shape[1])
+        return clock(lambda: self._predict(images))[0]
+
+    def extract(self) -> float:
+        """Raw features of a batch, to host memory."""
+        return clock(lambda: np.asarray(self.extractor(self.kept.images)))[0]
+
+    def first_calls(self) -> dict[str, float]:
+        """Seconds of the first calls of what a fit compiles."""
+        return self.first
+
+    def peak_memory(self) -> int | None:
+        """Bytes on the device at most, where it tells."""
+        return (self.jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    def _step(self) -> np.ndarray:
+        batch = self.kept.batch(np.arange(len(self.kept)))
+        self.state, losses = self.train_step(self.state, *batch)
+        self.jax.block_until_ready(self.state)
+        return np.array([losses[name] for name in TERMS])
+
+    def _predict(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(self.predict_step(self.weights, images).anomaly_map)
+
+
+def draw_trunk() -> dict[str, Any]:
+    """A random trunk whose running statistics are not those of a new one."""
+    import jax
+
+    from ulsad_jax import pretrained
+
+    trunk = pretrained.load_trunk(
+        architecture=ARCHITECTURE, source="random", repository="", path="", seed=0
+    ).variables
+    rng = np.random.default_rng(0)
+    low = {"mean": -0.5, "var": 0.5}
+    drawn = jax.tree_util.tree_map_with_path(
+        lambda path, x: rng.uniform(
+            low[path[-1].key], low[path[-1].key] + 1, x.shape
+        ).astype(np.float32),
+        trunk["batch_stats"],
+    )
+    return jax.device_put({"params": trunk["params"], "batch_stats": drawn})
+
+
+def make_weights(trunk, statistics, variables):
+    """What this package's inference takes, on the device."""
+    import jax
+
+    from ulsad_jax import decisions, inference, scoring
+
+    (local_offset, global_offset), (local_scale, global_scale) = OFFSETS, SCALES
+    weights = inference.Weights(
+        trunk,
+        statistics,
+        variables,
+        scoring.Calibration(local_offset, local_scale, global_offset, global_scale),
+        decisions.Thresholds(),
+    )
+    return jax.device_put(weights)
+
+
+def save_weights(path: str, trunk, statistics, variables) -> None:
+    """Writes everything under the names of `torch_ulsad.Ulsad`."""
+    from ulsad_jax import torch_import
+
+    networks = {"trunk": trunk}
+    for ours, theirs in (("local", "local"), ("global", "global_")):
+        networks[theirs] = {kind: tree.get(ours) for kind, tree in variables.items()}
+    arrays = {
+        f"{network}.{name}": value
+        for network, tree in networks.items()
+        for name, value in torch_import.export(tree).items()
+    }
+    constants = {
+        "mean": statistics.mean,
+        "std": statistics.std,
+        "offset": OFFSETS,
+        "scale": SCALES,
+    }
+    for name, value in constants.items():
+        arrays[name] = np.asarray(value, np.float32)[:, None, None]
+    np.savez(path, **arrays)
+
+
+class TorchSide:
+    """`torch_ulsad`, on a GPU where PyTorch finds one."""
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        batch: int,
+        dtype: str,
+        weights: str,
+        training_layout: str,
+        compiled: bool,
+    ):
+        """Reads the weights of the other side.
+
+        Args:
+            size: of the square images.
+            batch: of a training step.
+            dtype: computation type; other than float32 through autocast.
+            weights: the .npz file to read.
+            training_layout: of the trained networks; everything else is channels_last.
+            compiled: whether to `torch.compile`.
+        """
+        import torch
+
+        from benchmarks import torch_ulsad
+
+        self.torch = torch
+        torch.set_num_threads(os.cpu_count())
+        self.versions = {"torch": torch.__version__}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        self.layout = getattr(torch, training_layout)
+        self.trained, self.fixed = (torch_ulsad.Ulsad(size) for _ in range(2))
+        with np.load(weights) as arrays:
+            for model in (self.trained, self.fixed):
+                model.load(dict(arrays))
+                model.to(self.device, memory_format=torch.channels_last)
+        self.trained.local.to(memory_format=self.layout)
+        self.trained.global_.to(memory_format=self.layout)
+        self.fixed.eval()
+        self.optimizer = torch_ulsad.make_optimizer(self.trained)
+        self.autocast = contextlib.nullcontext
+        if dtype != "float32":
+            kind = getattr(torch, dtype)
+            self.autocast = lambda: torch.autocast(self.device, kind)
+        self.extract_fn, self.losses_fn, self.predict_fn = (
+            torch.compile(function) if compiled else function
+            for function in (
+                self.trained.extract,
+                self.trained.losses,
+                self.fixed.predict,
+            )
+        )
+        self.images = make_images(batch, size)
+        self.features = self._features(self.images)
+
+    def results(self, training: bool, inference: bool) -> dict[str, np.ndarray]:
+        """What both sides have to agree on; in training by two steps."""
+        found = {"features": self.features.permute(0, 2, 3, 1).cpu().numpy()}
+        if inference:
+            found["map"] = self._predict(self.images)
+        if training:
+            found["first losses"] = self._step(self.features)
+            found["second losses"] = self._step(self.features)
+        return found
+
+    def step(self) -> float:
+        """A training step from kept features."""
+        return clock(lambda: self._step(self.features))[0]
+
+    def step_with_trunk(self) -> float:
+        """A training step that runs the trunk, as the reference's do."""
+        return clock(lambda: self._step(self._features(self.images)))[0]
+
+    def predict(self, batch: int) -> float:
+        """From uint8 images in host memory to fused maps there."""
+        images = make_images(batch, self.images.shape[1])
+        return clock(lambda: self._predict(images))[0]
+
+    def extract(self) -> float:
+        """Features of a batch, to host memory."""
+        return clock(lambda: self._features(self.images).cpu())[0]
+
+    def peak_memory(self) -> int | None:
+        """Bytes on the device at most, where it is a GPU."""
+        cuda = self.device == "cuda"
+        return self.torch.cuda.max_memory_allocated() if cuda else None
+
+    def _put(self, images: np.ndarray):
+        """Images on the device, [b, 3, h, w]; such a view is channels_last."""
+        return self.torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+
+    def _features(self, images: np.ndarray):
+        with self.torch.no_grad(), self.autocast():
+            return self.extract_fn(self.trained.normalize(self._put(images)))
+
+    def _step(self, features) -> np.ndarray:
+        x = features.contiguous(memory_format=self.layout)
+        normalized = self.trained.normalize(self._put(self.images))
+        normalized = normalized.contiguous(memory_format=self.layout)
+        with self.autocast():
+            losses = self.losses_fn(x, normalized)
+        self.optimizer.zero_grad()
+        losses.sum().backward()
+        self.optimizer.step()
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+        return losses.detach().cpu().numpy()
+
+    def _predict(self, images: np.ndarray) -> np.ndarray:
+        with self.torch.inference_mode(), self.autocast():
+            return self.predict_fn(self._put(images)).float().cpu().numpy()

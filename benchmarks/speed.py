@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     times = measure(ours, theirs)
     first = ours.ask("first_calls")
     report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": ours.versions | theirs.versions,
         "dtype": _DTYPE.value,
         "batch": _BATCH.value,

@@ -23,12 +23,13 @@ OFFSETS, SCALES = (0.5, 1.0), (0.25, 0.125)
 
 
 def serve(connection: Connection, side: str, options: dict[str, Any]) -> None:
-    """Answers (job, arguments) with the job's result until asked for None."""
+    """Answers (job, arguments) with the job's result until the parent is gone."""
     worker = {"jax": JaxSide, "torch": TorchSide}[side](**options)
     connection.send(worker.versions)
-    while (request := connection.recv()) is not None:
-        job, arguments = request
-        connection.send(getattr(worker, job)(*arguments))
+    with contextlib.suppress(EOFError):
+        while True:
+            job, arguments = connection.recv()
+            connection.send(getattr(worker, job)(*arguments))
 
 
 def clock(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -226,7 +227,7 @@ class TorchSide:
         from benchmarks import torch_ulsad
 
         self.torch = torch
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.versions = {"torch": torch.__version__}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -59,10 +59,13 @@ def convert(function: Callable, metadata: Mapping[str, Any]) -> bytes:
     from jax.extend.core import jaxpr_as_fun
     from jax2onnx import to_onnx
 
+    from ulsad_jax.models import convolution
+
     (batch,) = jax.export.symbolic_shape("b")
     image = jax.ShapeDtypeStruct((batch, *metadata["image_size"], 3), jnp.uint8)
     # Traced here, because jax2onnx puts its own layers in the place of Flax's.
-    jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(image)
+    with convolution.plain():
+        jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(image)
     model = to_onnx(
         jaxpr_as_fun(jaxpr),
         [image],

@@ -1,16 +1,18 @@
 """Convolutions, lowered as the platform likes them.
 
-On GPU and TPU everything is XLA's own. On CPUs XLA runs matrix products faster than most
-convolutions, and much faster than their gradients. There, convolutions of many channels
-and their gradients are products over the kernel's taps: the same sums in another order.
-(Such a convolution can be differentiated in reverse mode only.)
+On GPU and TPU everything is XLA's own. On CPUs XLA runs matrix products faster than
+some convolutions, and much faster than most gradients of convolutions. There, these are
+products over the kernel's taps: the same sums in another order. (Such a convolution can
+be differentiated in reverse mode only.)
 
 Kernels are [kh, kw, in, out]; stride and padding are the same on both axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -19,7 +21,25 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+# From so many output channels on, a product pays for gathering the taps.
+MANY_OUTPUTS = 768
+MANY_IMAGES = 32  # batches from here on are cut for the kernel's gradient
+CHUNK_ELEMENTS = 2**20  # of the taps held at once
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Whatever is traced inside has XLA's own convolutions on every platform.
+
+    For converters, which know convolutions and no choice between platforms.
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def convolve(
@@ -43,9 +63,12 @@ def convolve(
     def taps(x, kernel):
         return _convolve_taps(_pad(x, padding), kernel, stride)
 
-    if kernel.shape[0] == 1:
-        return native(x, kernel)
-    return _lower(native, taps)(x, kernel)
+    size, outputs = kernel.shape[0], kernel.shape[-1]
+    if size == 1 or outputs >= MANY_OUTPUTS:
+        return _lower(native, forward=taps, backward=taps)(x, kernel)
+    if stride == 1 and size % 2 == 0:
+        return _lower(native, forward=native, backward=taps)(x, kernel)
+    return _with_chunked_kernel_gradient(native, stride, padding)(x, kernel)
 
 
 def convolve_transposed(
@@ -74,26 +97,81 @@ def convolve_transposed(
         )
 
     if (k, stride, padding) == (4, 2, 1):
-        return _lower(native, _double)(x, kernel)
+        return _lower(native, forward=native, backward=_double)(x, kernel)
     return native(x, kernel)
 
 
-def _lower(native: Callable, taps: Callable) -> Callable:
-    """`native`; on CPUs, the equal function `taps` and its gradient."""
+def _lower(native: Callable, *, forward: Callable, backward: Callable) -> Callable:
+    """`native`; on CPUs, equal functions instead of it and to take gradients of."""
 
-    def forward(x, kernel):
-        return jax.lax.platform_dependent(x, kernel, cpu=taps, default=native)
+    def primal(x, kernel):
+        if _plain.get() or forward is native:
+            return native(x, kernel)
+        return jax.lax.platform_dependent(x, kernel, cpu=forward, default=native)
 
-    def backward(inputs, cotangent):
+    def gradients(inputs, cotangent):
         def through(function):
             return lambda x, kernel, y: jax.vjp(function, x, kernel)[1](y)
 
         return jax.lax.platform_dependent(
-            *inputs, cotangent, cpu=through(taps), default=through(native)
+            *inputs, cotangent, cpu=through(backward), default=through(native)
         )
 
-    function = jax.custom_vjp(forward)
-    function.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
+    function = jax.custom_vjp(primal)
+    function.defvjp(lambda x, kernel: (primal(x, kernel), (x, kernel)), gradients)
+    return function
+
+
+def _with_chunked_kernel_gradient(
+    native: Callable, stride: int, padding: int
+) -> Callable:
+    """`native`, with the kernel's gradient as matrix products of a few images on CPUs.
+
+    The taps of a few images stay in the cache; those of a large batch would not.
+    """
+
+    def by_chunks(x, kernel, y):
+        size, _, i, o = kernel.shape
+        rows, columns = y.shape[1:3]
+        share = CHUNK_ELEMENTS // (rows * columns * size * size * i)
+        per_chunk = next(
+            n for n in range(max(1, min(share, len(x))), 0, -1) if len(x) % n == 0
+        )
+
+        def add(total, chunk):
+            x, y = chunk
+            x = _pad(x, padding)
+            taps = [
+                x[:, r : r + stride * rows : stride, s : s + stride * columns : stride]
+                for r in range(size)
+                for s in range(size)
+            ]
+            taps = jnp.concatenate(taps, axis=-1).reshape(-1, size * size * i)
+            product = jnp.matmul(
+                taps.T, y.reshape(-1, o), preferred_element_type=jnp.float32
+            )
+            return total + product, None
+
+        split = [a.reshape(-1, per_chunk, *a.shape[1:]) for a in (x, y)]
+        start = jnp.zeros((size * size * i, o), jnp.float32)
+        total, _ = jax.lax.scan(add, start, tuple(split))
+        return total.reshape(kernel.shape).astype(kernel.dtype)
+
+    def whole(x, kernel, y):
+        return jax.vjp(lambda kernel: native(x, kernel), kernel)[1](y)[0]
+
+    def backward(inputs, y):
+        x, kernel = inputs
+        to_input = jax.vjp(lambda x: native(x, kernel), x)[1](y)[0]
+        if len(x) < MANY_IMAGES:
+            return to_input, whole(x, kernel, y)
+        to_kernel = jax.lax.platform_dependent(
+            x, kernel, y, cpu=by_chunks, default=whole
+        )
+        return to_input, to_kernel
+
+    function = jax.custom_vjp(native)
+    function.defvjp(lambda x, kernel: (native(x, kernel), (x, kernel)), backward)
     return function
 
 
@@ -121,7 +199,9 @@ def _convolve_taps(
 ) -> Float[Array, "b oh ow o"]:
     """An unpadded convolution as one matrix product over all taps."""
     kh, kw, i, o = kernel.shape
-    rows, columns = ((n - k) // stride + 1 for n, k in zip(x.shape[1:3], (kh, kw)))
+    rows, columns = (
+        (n - k) // stride + 1 for n, k in zip(x.shape[1:3], (kh, kw), strict=True)
+    )
     ends = stride * (rows - 1) + 1, stride * (columns - 1) + 1
     taps = [
         x[:, r : r + ends[0] : stride, s : s + ends[1] : stride]

@@ -144,6 +144,47 @@ def test_conv(kernel, stride, padding, use_bias):
     assert_gradients(layer, params, x, oracle)
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "stride", "padding"),
+    [
+        ("conv", 1, 1, 0),  # the trunk's
+        ("conv", 1, 2, 0),
+        ("conv", 3, 1, 1),  # the local reconstructor's
+        ("conv", 3, 2, 1),
+        ("transposed", 5, 1, 2),
+        ("transposed", 4, 2, 1),
+        ("conv", 4, 2, 1),  # the global autoencoder's
+        ("conv", 4, 1, 2),
+        ("conv", 8, 1, 0),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lowerings_agree(kind, size, stride, padding, dtype, monkeypatch):
+    """Matrix products, where this platform has them, and XLA's convolution."""
+    monkeypatch.setattr(convolution, "MANY_OUTPUTS", 1)
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.normal(size=(2, 9, 10, 4)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 4, 5)), dtype)
+    transposed = kind == "transposed"
+    lowered = convolution.convolve_transposed if transposed else convolution.convolve
+
+    def run(x, kernel):
+        y, backward = jax.vjp(
+            functools.partial(lowered, stride=stride, padding=padding), x, kernel
+        )
+        return y, *backward(jnp.sin(y))
+
+    products = run(x, kernel)
+    with convolution.plain():
+        native = run(x, kernel)
+    tolerance = 1e-5 if dtype == "float32" else 3e-2
+    for ours, expected in zip(products, native, strict=True):
+        assert ours.dtype == expected.dtype == dtype
+        ours, expected = (np.asarray(a, np.float64) for a in (ours, expected))
+        error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+        assert error < tolerance
+
+
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1)])
 @pytest.mark.parametrize("chunk", [1, 2**12, 2**30])
 def test_kernel_gradient_of_a_large_batch(size, stride, chunk, monkeypatch):

@@ -66,7 +66,7 @@ def convolve(
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if size == 1 or outputs >= MANY_OUTPUTS:
         return _lower(native, forward=taps, backward=taps)(x, kernel)
-    if size % 2 == 0:
+    if stride == 1 and size % 2 == 0:
         return _lower(native, forward=native, backward=taps)(x, kernel)
     return _with_chunked_kernel_gradient(native, stride, padding)(x, kernel)
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
+
+from ulsad_jax import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that train.py wrote.")
 _ROOT = flags.DEFINE_string("root", "", "Folder of the data set, if it moved.")
@@ -21,17 +23,16 @@ _PIXEL_THRESHOLD = flags.DEFINE_float(
 _WRITE_MAPS = flags.DEFINE_boolean(
     "write_maps", False, "Write maps as .tiff, as config.evaluation.write_maps does."
 )
+_JOIN = command_line.define_processes()
 flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: list[str]) -> None:
     """Evaluates, and prints the table of results."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Expected flags alone, found {' '.join(argv[1:])!r}.")
-    logging.set_verbosity(logging.WARNING)  # libraries tell every step they take
+    command_line.refuse_arguments(argv)
     from ulsad_jax import errors
 
-    with errors.reported():
+    with errors.reported(), _JOIN():
         from ulsad_jax import experiment  # not for --help: JAX takes seconds
 
         workdir = Path(_WORKDIR.value).expanduser()

@@ -13,6 +13,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; the same command resumes it."
 )
+_JOIN = command_line.define_processes()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> None:
     from ulsad_jax import errors
 
     config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
-    with errors.reported():
+    with errors.reported(), _JOIN():
         from ulsad_jax import experiment  # not for --help: JAX takes seconds
         from ulsad_jax.sweep import run as sweep
 

@@ -96,7 +96,15 @@ def get_config(category: str = "all") -> ConfigDict:
     # runs the trunk, too; 0 does so always.
     train.feature_memory = 0.5
 
+    config.parallel = parallel = ConfigDict()
+    # How many devices a batch is split over: the first so many, or 0 for all.
+    # `train.batch_size` has to be a multiple of them.
+    parallel.devices = 0
+    # "jit", or "pmap" for the same training step through `jax.pmap`.
+    parallel.backend = "jit"
+
     config.evaluation = evaluation = ConfigDict()
+    # Rounded up to a multiple of the devices.
     evaluation.batch_size = 8
     # Heatmap pictures of each type of test image, half of them the most wrongly
     # scored; -1 for all. The report shows them.

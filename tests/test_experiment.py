@@ -391,8 +391,8 @@ def test_checkpoints_before_a_divergence_stay(finished, tmp_path, monkeypatch):
     """The seventh update, and all after it, give a term that is not finite."""
     plain = training.make_train_step
 
-    def make_train_step(*args):
-        step = plain(*args)
+    def make_train_step(*args, **options):
+        step = plain(*args, **options)
 
         def diverging(state, features, image):
             state, losses = step(state, features, image)
@@ -413,8 +413,8 @@ def test_weights_that_diverged_are_not_saved(data, tmp_path, monkeypatch):
     """The loss of an epoch's last step does not show what its update did."""
     plain = training.make_train_step
 
-    def make_train_step(*args):
-        step = plain(*args)
+    def make_train_step(*args, **options):
+        step = plain(*args, **options)
 
         def diverging(state, features, image):
             state, losses = step(state, features, image)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tests import runs
-from ulsad_jax import decisions, features, scoring, trainer, training
+from ulsad_jax import decisions, features, parallel, scoring, trainer, training
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
 
@@ -146,7 +146,13 @@ def test_validation_averages_over_the_images(parts, count):
     maps = scoring.raw_maps(outputs, (SIZE, SIZE))
     expected = scoring.calibrate(*map(np.asarray, maps), method="quantile")
     validate = trainer.make_validate(
-        model, loss_fn, kept, batch_size=3, method="quantile", **RATES
+        model,
+        loss_fn,
+        kept,
+        devices=parallel.find_devices(),
+        batch_size=3,
+        method="quantile",
+        **RATES,
     )
     found = validate(variables, 0)
     assert found.losses == pytest.approx(
@@ -167,7 +173,13 @@ def test_validation_averages_over_the_images(parts, count):
 def test_validation_without_calibration(parts):
     model, loss_fn, _ = parts
     validate = trainer.make_validate(
-        model, loss_fn, make_kept(2), batch_size=3, method="none", **RATES
+        model,
+        loss_fn,
+        make_kept(2),
+        devices=parallel.find_devices(),
+        batch_size=3,
+        method="none",
+        **RATES,
     )
     calibration = validate(init(parts).variables, 0).calibration
     assert (calibration.local_offset, calibration.local_scale) == (0, 1)

@@ -20,7 +20,9 @@ from ulsad_jax import (
     features,
     files,
     full_resolution,
+    hosts,
     inference,
+    parallel,
     pretrained,
     results,
     stages,
@@ -37,7 +39,7 @@ from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.progress import progress
 from ulsad_jax.report import pictures
 from ulsad_jax.scoring import Calibration
-from ulsad_jax.writer import Writer
+from ulsad_jax.writer import Silence, Writer, open_writer
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -78,6 +80,8 @@ class CategoryRun:
         self._data, self._trunk = data, trunk
         self._pyramid = training.make_pyramid(config)
         self._model = training.make_model(config)
+        self._devices = parallel.find_devices(config.parallel.devices)
+        self._batch_size = self._devices.round_up(config.evaluation.batch_size)
         self._predict = inference.make_predict_step(self._pyramid, self._model)
 
     def fit(self) -> int:
@@ -99,11 +103,11 @@ class CategoryRun:
             return trained.select(self._config, store)
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[tuple[Writer, CheckpointStore]]:
+    def open(self) -> Iterator[tuple[Writer | Silence, CheckpointStore]]:
         """The files that training writes to."""
         self._check_selection()
         with (
-            Writer(self._folder, self._title) as writer,
+            open_writer(self._folder, self._title) as writer,
             trained.open_store(self._config, self._folder) as store,
         ):
             yield writer, store
@@ -133,7 +137,7 @@ class CategoryRun:
         normals: features.Normals,
         loss_fn: Callable,
         store: CheckpointStore,
-        writer: Writer,
+        writer: Writer | Silence,
         numbers: Mapping[str, Mapping[str, float]] | None = None,
     ) -> AnyTrainer:
         """Makes the training loop.
@@ -151,7 +155,8 @@ class CategoryRun:
             self._model,
             loss_fn,
             normals.validation,
-            batch_size=config.evaluation.batch_size,
+            devices=self._devices,
+            batch_size=self._batch_size,
             method=config.calibration,
             numbers=numbers,
             **config.threshold,
@@ -159,6 +164,7 @@ class CategoryRun:
         return kind(
             config,
             self._name,
+            devices=self._devices,
             train=normals.train,
             statistics=normals.statistics,
             loss_fn=loss_fn,
@@ -186,10 +192,17 @@ class CategoryRun:
         """
         given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
         step, weights, decisions = trained.load(
-            self._config, self._folder, self._trunk, step=step, **given
+            self._config,
+            self._folder,
+            self._trunk,
+            step=step,
+            sharding=self._devices.everywhere,
+            **given,
         )
         with stages.measure(self._folder, "prediction"):
             prediction, truth = self._predict_test(weights)
+        if not hosts.is_first():
+            return
         test = self._data.test
         images = [record.image for record in test.records]
         evaluation.check_finite(prediction.anomaly_map, images)
@@ -212,7 +225,7 @@ class CategoryRun:
             )
         if self._config.evaluation.write_maps:
             self._write_maps(prediction)
-        with Writer(self._folder, self._title) as writer:
+        with open_writer(self._folder, self._title) as writer:
             if not images:
                 writer.say("no test images: nothing to measure")
             for text in dict.fromkeys(str(warning.message) for warning in undefined):
@@ -322,7 +335,7 @@ class CategoryRun:
         """Of all categories in one folder, as MVTec's evaluation scripts expect."""
         return self._folder.parent / MAPS / self._folder.name
 
-    def _extract(self, writer: Writer) -> features.Normals:
+    def _extract(self, writer: Writer | Silence) -> features.Normals:
         """Features of the training and validation normals, standardised."""
         splits = self._data.train, self._data.validation
         batches = [
@@ -333,18 +346,19 @@ class CategoryRun:
         size = tuple(self._config.image_size)
         needed = features.count_bytes(sum(counts), size)
         allowed = self._config.train.feature_memory * features.host_bytes()
+        # All processes have to decide alike.
+        allowed = hosts.gather(np.float32([allowed])).min()
         told = f"features of {sum(counts)} images: {needed / 2**20:.0f} MiB of memory"
+        what = self._pyramid, self._trunk.variables, batches, counts
         if needed <= allowed:
             writer.say(told)
-            return features.keep(self._pyramid, self._trunk.variables, batches, counts)
+            return features.keep(*what, devices=self._devices)
         writer.say(
             f"{told}, more than config.train.feature_memory allows "
             f"({allowed / 2**20:.0f} MiB): they are not kept, and every step runs the "
             "trunk, too"
         )
-        return features.stream(
-            self._pyramid, self._trunk.variables, batches, counts, image_size=size
-        )
+        return features.stream(*what, image_size=size, devices=self._devices)
 
     def _check_selection(self) -> None:
         """Refuses to select on test images that give no AUROC."""
@@ -377,17 +391,18 @@ class CategoryRun:
     def _predict_test(
         self, weights: inference.Weights
     ) -> tuple[inference.Prediction, evaluation.Truth]:
+        placed, split = self._devices.replicate(weights), self._devices.split
         return evaluation.predict_split(
-            lambda image: self._predict(weights, image),
+            lambda image: hosts.gather(self._predict(placed, split(image))),
             self._batches(self._data.test, "test images"),
             types=self._data.test.types,
             image_size=tuple(self._config.image_size),
         )
 
     def _batches(self, split: Examples, title: str) -> Iterable[dict[str, np.ndarray]]:
-        size = self._config.evaluation.batch_size
+        own = self._devices.own(self._batch_size)
         return progress(
-            split.batches(size),
+            map(hosts.gather, split.batches(self._batch_size, own)),
             f"[{self._title}] {title}",
-            total=-(-len(split) // size),
+            total=-(-len(split) // self._batch_size),
         )

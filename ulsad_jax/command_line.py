@@ -1,9 +1,11 @@
-"""What the command-line programs that take a config share."""
+"""What the command-line programs share."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
+from collections.abc import Callable
 
 from absl import app, flags, logging
 
@@ -13,6 +15,53 @@ def refuse_arguments(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags alone, found {' '.join(argv[1:])!r}.")
     logging.set_verbosity(logging.WARNING)
+
+
+def define_processes() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Defines the flags of a program that may be several processes.
+
+    Returns:
+        A context in which this process is one of them, if the flags say so.
+    """
+    distributed = flags.DEFINE_boolean(
+        "distributed",
+        False,
+        "Joins the processes that SLURM, Kubernetes, Open MPI or a TPU pod started.",
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, where nothing else tells it."
+    )
+    num_processes = flags.DEFINE_integer(
+        "num_processes", None, "With --coordinator: how many processes there are."
+    )
+    process_id = flags.DEFINE_integer(
+        "process_id", None, "With --coordinator: which one this is, from 0."
+    )
+    heartbeat = flags.DEFINE_integer(
+        "heartbeat_seconds",
+        100,
+        "Silence after which a process is taken for dead, and the others end.",
+        lower_bound=1,
+    )
+
+    def join() -> contextlib.AbstractContextManager[None]:
+        by_hand = coordinator.value, num_processes.value, process_id.value
+        if None in by_hand and any(value is not None for value in by_hand):
+            raise app.UsageError(
+                "Expected --coordinator, --num_processes and --process_id together."
+            )
+        if not distributed.value and None in by_hand:
+            return contextlib.nullcontext()
+        from ulsad_jax import hosts  # not for --help: JAX takes seconds
+
+        return hosts.joined(
+            coordinator=by_hand[0],
+            num_processes=by_hand[1],
+            process_id=by_hand[2],
+            heartbeat_seconds=heartbeat.value,
+        )
+
+    return join
 
 
 def parse(argv: list[str], config: flags.FlagHolder) -> list[str]:

@@ -15,6 +15,7 @@ from ulsad_jax.errors import UserError
 from ulsad_jax.models.local import ACTIVATIONS
 from ulsad_jax.models.pyramid import LAYERS
 from ulsad_jax.models.resnet import ARCHITECTURES
+from ulsad_jax.parallel import BACKENDS
 from ulsad_jax.pretrained import BUILTIN_ARCHITECTURE
 
 SELECTIONS = ("last", "best_validation_loss", "best_test_auroc")
@@ -23,7 +24,7 @@ BEST_TEST_AUROC = "best_test_auroc"
 # was already trained as it is.
 FREE_FIELDS = (
     *("train.num_epochs", "train.checkpoint_every", "evaluation."),
-    *("train.feature_memory", "dataset.root", "dataset.cache_dir"),
+    *("parallel.", "train.feature_memory", "dataset.root", "dataset.cache_dir"),
     "trunk.path",
 )
 
@@ -95,6 +96,8 @@ _RULES = {
     "train.checkpoint_every": _at_least(1),
     "train.dtype": _one_of("float32", "bfloat16"),
     "train.feature_memory": _FRACTION,
+    "parallel.backend": _one_of(*BACKENDS),
+    "parallel.devices": _at_least(0),
     "evaluation.batch_size": _at_least(1),
     "evaluation.pictures_per_type": _at_least(-1),
     "evaluation.original_resolution": _BOOLEAN,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ulsad_jax import compilation, loss_check, pretrained, results
+from ulsad_jax import compilation, hosts, loss_check, parallel, pretrained, results
 from ulsad_jax import config as config_lib
 from ulsad_jax.category_run import MAPS, RESULTS, CategoryRun
 from ulsad_jax.data import synthetic
@@ -36,16 +36,20 @@ def train(config: ConfigDict, workdir: Path) -> str:
         errors.Interrupted: by a signal, after saving.
     """
     config_lib.validate(config)
-    check_workdir(config, workdir)
+    devices = parallel.find_devices(config.parallel.devices)
+    parallel.check_trainable(devices, config.train.batch_size, config.parallel.backend)
     compilation.keep(config.dataset.cache_dir)
-    if warning := loss_check.check(config):  # before anything is written
-        print(warning)
-    categories = list_categories(config)
-    trunk = _claim(config, workdir)
+    with hosts.first_alone("workdir"):
+        check_workdir(config, workdir)
+        if hosts.is_first() and (warning := loss_check.check(config)):
+            print(warning)  # before anything is written
+        categories = list_categories(config)
+        trunk = _claim(config, workdir)
     for category in categories:
         folder = workdir / results.file_name(category)
         folder.mkdir(exist_ok=True)
-        data = open_data(config, category)
+        with hosts.first_alone("data"):
+            data = open_data(config, category)
         run = CategoryRun(config, category, data=data, folder=folder, trunk=trunk)
         step = run.fit()
         if not run.is_evaluated(step):
@@ -85,13 +89,16 @@ def evaluate(
         config.selection = selection
         config_lib.validate(config)
     config.evaluation.write_maps |= write_maps
+    config.parallel.devices = 0  # those of this machine
     compilation.keep(config.dataset.cache_dir)
-    categories = list_categories(config)
+    with hosts.first_alone("workdir"):
+        categories = list_categories(config)
     trunk = pretrained.load_saved_trunk(workdir / TRUNK)
     _check_trained(categories, workdir)
     for category in categories:
         folder = workdir / results.file_name(category)
-        data = open_data(config, category)
+        with hosts.first_alone("data"):
+            data = open_data(config, category)
         run = CategoryRun(config, category, data=data, folder=folder, trunk=trunk)
         run.evaluate(image_threshold=image_threshold, pixel_threshold=pixel_threshold)
     return collect(config, workdir, categories, trunk)
@@ -164,6 +171,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
 def _claim(config: ConfigDict, workdir: Path) -> pretrained.Trunk:
     """Makes the work directory this run's: its config, its copy of the trunk."""
     path = workdir / TRUNK
+    if not hosts.is_first():
+        return pretrained.load_saved_trunk(path)
     kept = path.exists() and _has_checkpoints(workdir)
     trunk = pretrained.load_saved_trunk(path) if kept else load_trunk(config)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -196,6 +205,8 @@ def collect(
     config: ConfigDict, workdir: Path, categories: list[str], trunk: pretrained.Trunk
 ) -> str:
     """Joins the categories' results; returns what to tell the person."""
+    if not hosts.is_first():
+        return "Results are reported by process 0."
     rows, decisions = {}, {}
     for name in categories:
         path = workdir / results.file_name(name) / RESULTS

@@ -13,10 +13,13 @@ import flax.struct
 import jax
 import numpy as np
 
+from ulsad_jax import hosts
 from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Shaped, UInt8
+
+    from ulsad_jax.parallel import Devices
 
 # A channel whose variance is below this share of its mean square never changes.
 DEAD_CHANNEL = 1e-12
@@ -109,6 +112,7 @@ def make_extractor(
     pyramid: FeaturePyramid,
     trunk: Mapping[str, Any],
     statistics: ChannelStatistics | None = None,
+    devices: Devices | None = None,
 ) -> Callable[[UInt8[Array, "b h w 3"]], Float[Array, "b h/8 w/8 c"]]:
     """A jitted function from images to features.
 
@@ -116,9 +120,11 @@ def make_extractor(
         pyramid: the frozen network.
         trunk: its variables.
         statistics: to standardise features with; without them they are raw.
+        devices: that have the images; by default one does.
     """
     variables = {kind: {"trunk": tree} for kind, tree in trunk.items()}
-    variables, statistics = jax.device_put((variables, statistics))
+    put = jax.device_put if devices is None else devices.replicate
+    variables, statistics = put((variables, statistics))
 
     @jax.jit
     def apply(variables, statistics, image):
@@ -133,6 +139,8 @@ def keep(
     trunk: Mapping[str, Any],
     batches: Sequence[Iterable[Mapping[str, np.ndarray]]],
     counts: Sequence[int],
+    *,
+    devices: Devices,
 ) -> Normals:
     """Runs the trunk once over the training and the validation images.
 
@@ -141,8 +149,9 @@ def keep(
         trunk: its variables.
         batches: of each split, with `image`, `index` and `valid`.
         counts: images in each.
+        devices: to split batches over.
     """
-    extractor = make_extractor(pyramid, trunk)
+    extractor = _make_raw_extractor(pyramid, trunk, devices)
     kept = [extract(extractor, *split) for split in zip(batches, counts, strict=True)]
     statistics = channel_statistics(kept[0][0])
     for raw, _ in kept:  # in place: features may be most of the memory
@@ -158,6 +167,7 @@ def stream(
     counts: Sequence[int],
     *,
     image_size: tuple[int, int],
+    devices: Devices,
 ) -> Normals:
     """As `keep`, but keeps images alone: every batch asked for runs the trunk.
 
@@ -169,8 +179,9 @@ def stream(
         batches: of each split, with `image`, `index` and `valid`.
         counts: images in each.
         image_size: (height, width) of the images.
+        devices: to split batches over.
     """
-    raw_extractor = make_extractor(pyramid, trunk)
+    raw_extractor = _make_raw_extractor(pyramid, trunk, devices)
     train, validation = (
         np.empty((count, *image_size, 3), np.uint8) for count in counts
     )
@@ -178,14 +189,18 @@ def stream(
     def run_trunk() -> Iterator[Float[np.ndarray, "h w c"]]:
         for batch in batches[0]:
             _put(train, batch, batch["image"])
-            yield from np.asarray(raw_extractor(batch["image"]))[batch["valid"]]
+            yield from raw_extractor(batch["image"])[batch["valid"]]
 
     statistics = channel_statistics(run_trunk())
     for batch in batches[1]:
         _put(validation, batch, batch["image"])
-    extractor = make_extractor(pyramid, trunk, statistics)
+    extractor = make_extractor(pyramid, trunk, statistics, devices)
+
+    def extract_own(images: UInt8[np.ndarray, "b h w 3"]) -> Float[Array, "b h w c"]:
+        return extractor(devices.place(images))
+
     return Normals(
-        Streamed(train, extractor), Streamed(validation, extractor), statistics
+        Streamed(train, extract_own), Streamed(validation, extract_own), statistics
     )
 
 
@@ -258,6 +273,13 @@ def _put(
 ) -> None:
     """Puts a batch's values, but those that only fill it up, where they belong."""
     target[batch["index"][batch["valid"]]] = values[batch["valid"]]
+
+
+def _make_raw_extractor(
+    pyramid: FeaturePyramid, trunk: Mapping[str, Any], devices: Devices
+) -> Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b h/8 w/8 c"]]:
+    extractor = make_extractor(pyramid, trunk, devices=devices)
+    return lambda image: hosts.gather(extractor(devices.split(image)))
 
 
 def _feature_shape(image_size: tuple[int, int]) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from ulsad_jax import files
+from ulsad_jax import files, hosts
 
 STAGES = "stages.json"
 
@@ -31,6 +31,8 @@ def measure(folder: Path, stage: str) -> Iterator[None]:
     """
     started = time.perf_counter()
     yield
+    if not hosts.is_first():
+        return
     seconds = time.perf_counter() - started
     device = jax.devices()[0]
     record = {

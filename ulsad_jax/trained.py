@@ -88,6 +88,7 @@ def load(
     trunk: pretrained.Trunk,
     *,
     step: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
     image_threshold: float | None = None,
     pixel_threshold: float | None = None,
 ) -> Trained:
@@ -98,6 +99,7 @@ def load(
         folder: of the category.
         trunk: the run's.
         step: of the checkpoint; by default the one that the config asks for.
+        sharding: of the networks; by default they are on the first device.
         image_threshold: instead of the stored one.
         pixel_threshold: instead of the stored one.
 
@@ -108,7 +110,7 @@ def load(
         step = select(config, store) if step is None else step
         check_trunk(store, step, trunk, folder)
         model, calibration, stored = store.restore_model(
-            step, model=_abstract_model(config)
+            step, model=_abstract_model(config, sharding)
         )
     decisions = Decisions.from_json(stored).override(
         image=image_threshold, pixel=pixel_threshold
@@ -190,7 +192,7 @@ def find_category(workdir: Path, category: str = "") -> Path:
     )
 
 
-def _abstract_model(config: ConfigDict) -> Any:
+def _abstract_model(config: ConfigDict, sharding: jax.sharding.Sharding | None) -> Any:
     """Shapes of the checkpoint item that evaluation reads."""
     height, width = config.image_size
     channels = (FEATURE_CHANNELS,)
@@ -205,8 +207,8 @@ def _abstract_model(config: ConfigDict) -> Any:
     statistics = features.ChannelStatistics(
         *(jax.ShapeDtypeStruct(channels, jnp.float32),) * 2
     )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         training.model_tree(variables, statistics),
     )

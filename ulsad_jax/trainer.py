@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax import scoring, training
+from ulsad_jax import hosts, parallel, scoring, training
 from ulsad_jax.decisions import Decisions, choose
 from ulsad_jax.errors import Diverged, Interrupted, UserError
 from ulsad_jax.features import ChannelStatistics, Kept, Streamed
@@ -75,6 +75,7 @@ def make_validate(
     loss_fn: Callable,
     kept: Kept | Streamed,
     *,
+    devices: parallel.Devices,
     batch_size: int,
     method: str,
     image_fpr: float,
@@ -87,7 +88,8 @@ def make_validate(
         model: the networks.
         loss_fn: see `losses.make_loss_fn`.
         kept: features and images of the validation normals.
-        batch_size: images at once.
+        devices: to split batches over.
+        batch_size: images at once, a multiple of the devices.
         method: of calibration, see `scoring.calibrate`.
         image_fpr: see `decisions.choose`.
         pixel_fpr: see `decisions.choose`.
@@ -106,12 +108,14 @@ def make_validate(
             rows = np.arange(start, start + batch_size)
             valid = rows < count
             rows = rows % count
-            batch = kept.batch(rows)
-            losses, maps = step(variables, *batch, valid, updates, numbers)
+            batch = devices.load(kept, rows)
+            losses, maps = hosts.gather(
+                step(variables, *batch, valid, updates, numbers)
+            )
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * int(valid.sum())
-            local[rows[valid]] = np.asarray(maps.local)[valid]
-            global_[rows[valid]] = np.asarray(maps.global_)[valid]
+            local[rows[valid]] = maps.local[valid]
+            global_[rows[valid]] = maps.global_[valid]
         losses = {name: value / count for name, value in sums.items()}
         maps = scoring.fuse_as_new(local, global_, method=method)
         return Validation(
@@ -135,6 +139,7 @@ class Trainer:
         config: ConfigDict,
         category: str,
         *,
+        devices: parallel.Devices,
         train: Kept | Streamed,
         statistics: ChannelStatistics,
         loss_fn: Callable,
@@ -150,6 +155,7 @@ class Trainer:
         Args:
             config: the run's.
             category: decides, with the seed, weights and order.
+            devices: to split batches over.
             train: features and images of the training normals.
             statistics: of the feature channels, kept with the networks.
             loss_fn: see `losses.make_loss_fn`.
@@ -162,7 +168,8 @@ class Trainer:
                 test set of (variables, calibration).
         """
         self._config, self._category = config, category
-        self._train, self._statistics = train, statistics
+        self._devices, self._train = devices, train
+        self._statistics = devices.replicate(statistics)
         self._validate, self._score_test = validate, score_test
         self._store, self._writer, self._listing = store, writer, listing
         self._trunk = dataclasses.asdict(trunk)
@@ -173,7 +180,7 @@ class Trainer:
         key = jax.random.fold_in(
             jax.random.key(config.seed), training.category_seed(category)
         )
-        self._state = _place(
+        self._state = devices.replicate(
             training.init_state(
                 model,
                 optimizer,
@@ -184,7 +191,13 @@ class Trainer:
                 image=jax.ShapeDtypeStruct((batch, *train.images.shape[1:]), jnp.uint8),
             )
         )
-        self._train_step = training.make_train_step(model, loss_fn, optimizer)
+        self._train_step = parallel.make_train_step(
+            model,
+            loss_fn,
+            optimizer,
+            devices=devices,
+            backend=config.parallel.backend,
+        )
         self._sums: Losses = {}  # of the losses of this epoch's steps
         self._saved: int | None = None
 
@@ -206,10 +219,10 @@ class Trainer:
                 step = int(self._state.step)
                 if step == (epoch + 1) * per_epoch:
                     self._end_epoch(epoch, time.perf_counter() - started)
-                if stop:
+                if asked := self._devices.ask(stop):
                     self._save()
                     self._store.wait()
-                    raise Interrupted(stop[0], step)
+                    raise Interrupted(stop[0] if stop else int(asked), step)
         self._store.wait()
         return self._state
 
@@ -229,14 +242,15 @@ class Trainer:
             unit=" steps",
         )
         for i in steps:
+            asked = self._devices.ask(stop)
             rows = order[i * batch : (i + 1) * batch]
             self._state, losses = self._train_step(
-                self._state, *self._train.batch(rows)
+                self._state, *self._devices.load(self._train, rows)
             )
             if pending is not None:
                 self._count(epoch * per_epoch + i, pending)
             pending = losses
-            if stop:
+            if asked:
                 break
         if pending is not None:
             self._count(int(self._state.step), pending)
@@ -331,7 +345,7 @@ class Trainer:
                 "started with, found others (files added, removed or of another "
                 "size). Restore them, or train anew in another --workdir."
             )
-        self._state = _place(
+        self._state = self._devices.replicate(
             training.TrainState(
                 step=jnp.asarray(step, jnp.int32),
                 params=model["variables"]["params"],
@@ -340,11 +354,6 @@ class Trainer:
             )
         )
         self._sums, self._saved = saved["sums"], step
-
-
-def _place(state: training.TrainState) -> training.TrainState:
-    """Commits a state to the device: a new and a restored one are compiled alike."""
-    return jax.device_put(state, jax.devices()[0])
 
 
 @contextmanager

@@ -115,10 +115,22 @@ def _init_variables(
 
 
 def make_train_step(
-    model: Ulsad, loss_fn: Callable, optimizer: optax.GradientTransformation
+    model: Ulsad,
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """Jits `make_update`'s function; the state is donated."""
-    return jax.jit(make_update(model, loss_fn, optimizer), donate_argnums=0)
+    """Jits `make_update`'s function; the state is donated.
+
+    Args:
+        model: see `make_update`.
+        loss_fn: see `make_update`.
+        optimizer: see `make_update`.
+        sharding: of the new state and the losses; by default as the inputs suggest.
+    """
+    update = make_update(model, loss_fn, optimizer)
+    return jax.jit(update, donate_argnums=0, out_shardings=sharding)
 
 
 def make_update(
@@ -127,7 +139,7 @@ def make_update(
     """One update as a pure function: `update(state, features, image)`.
 
     It returns the new state, and the total and every term of the losses before the
-    update.
+    update. A model with an `axis_name` is given a device's share of the batch.
     """
 
     def update(
@@ -148,6 +160,9 @@ def make_update(
 
         gradient_fn = jax.value_and_grad(loss, has_aux=True)
         (total, (terms, batch_stats)), gradients = gradient_fn(state.params)
+        if model.axis_name is not None:
+            mine = total, terms, gradients
+            total, terms, gradients = jax.lax.pmean(mine, model.axis_name)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         state = TrainState(
             step=state.step + 1,

@@ -10,7 +10,25 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from ulsad_jax import files
+from ulsad_jax import files, hosts
+
+
+def open_writer(folder: Path, category: str) -> Writer | Silence:
+    """A category's writer, or silence in all processes but the first."""
+    return Writer(folder, category) if hosts.is_first() else Silence()
+
+
+class Silence:
+    """Takes what a `Writer` takes, and writes nothing."""
+
+    def __enter__(self) -> Silence:
+        """Returns itself."""
+        return self
+
+    def _ignore(self, *args: object) -> None:
+        pass
+
+    __exit__ = say = epoch = rewind = scalars = pictures = _ignore
 
 
 class Writer:

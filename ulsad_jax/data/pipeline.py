@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import os
 import zlib
@@ -96,11 +95,14 @@ class Examples:
         """Each image's "<type>/<stem>", unique within its split."""
         return [record.name for record in self.records]
 
-    def batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(
+        self, batch_size: int, own: slice = slice(None)
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Every example once, in order; the last batch is filled up with zeros.
 
         Args:
-            batch_size: examples a batch, b.
+            batch_size: examples a batch.
+            own: rows to read of every batch, b of them; by default all.
 
         Yields:
             image: uint8 [b, H, W, 3].
@@ -113,11 +115,13 @@ class Examples:
         """
         if not len(self):
             return
+        count = -(-len(self) // batch_size) * batch_size
+        wanted = np.arange(count).reshape(-1, batch_size)[:, own]
         dataset = (
-            grain.MapDataset.range(len(self))
+            grain.MapDataset.source(wanted.ravel())
             .map(self._load)
             .to_iter_dataset(READING)
-            .batch(batch_size, batch_fn=functools.partial(_stack, size=batch_size))
+            .batch(wanted.shape[1], batch_fn=_stack)
         )
         with contextlib.closing(iter(dataset)) as batches:
             yield from batches
@@ -133,6 +137,16 @@ class Examples:
         return _read_ground_truth(self.source[self.positions[i]])
 
     def _load(self, i: int) -> dict[str, Any]:
+        """Example `i`; beyond the last one, one of zeros."""
+        if i >= len(self):
+            return {
+                "image": np.zeros((*self.image_size, 3), np.uint8),
+                "label": np.int32(0),
+                "gt_mask": np.zeros(self.image_size, bool),
+                "has_mask": np.False_,
+                "index": np.int32(0),
+                "valid": np.False_,
+            }
         example = self.source[self.positions[i]]
         gt_mask = np.zeros(self.image_size, bool)
         for mask in example["masks"]["mask"]:
@@ -260,11 +274,5 @@ def _decode(data: bytes) -> UInt8[np.ndarray, "h w *c"]:
         return np.asarray(image)
 
 
-def _stack(examples: Sequence[dict[str, Any]], size: int) -> dict[str, np.ndarray]:
-    """Stacks examples and appends zeros up to `size` rows."""
-    batch = {}
-    for key, first in examples[0].items():
-        batch[key] = np.zeros((size, *first.shape), first.dtype)
-        for row, example in enumerate(examples):
-            batch[key][row] = example[key]
-    return batch
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {key: np.stack([e[key] for e in examples]) for key in examples[0]}

@@ -30,10 +30,12 @@ class GlobalAutoencoder(nn.Module):
     Attributes:
         channels: of the predicted features.
         dtype: computation type.
+        axis_name: see `BatchNorm`.
     """
 
     channels: int
     dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -46,7 +48,12 @@ class GlobalAutoencoder(nn.Module):
         height, width = image.shape[1:3]
 
         def normalized(x, index):
-            norm = BatchNorm(epsilon=1e-4, affine=False, name=f"bn2d{index}")
+            norm = BatchNorm(
+                epsilon=1e-4,
+                affine=False,
+                axis_name=self.axis_name,
+                name=f"bn2d{index}",
+            )
             return nn.relu(norm(x, train=train))
 
         def conv(x, name, features, kernel, **kwargs):

@@ -172,11 +172,13 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         affine: scales and shifts by learned parameters.
         momentum: weight of the new batch in the running statistics.
+        axis_name: of the mapped axis (`jax.pmap`) over which the batch is spread.
     """
 
     epsilon: float = 1e-5
     affine: bool = True
     momentum: float = 0.1
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -188,10 +190,10 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, channels)
         y = x.astype(jnp.float32)
         if train:
-            mean = y.mean((0, 1, 2))
-            var = jnp.square(y - mean).mean((0, 1, 2))
+            mean = self._mean(y)
+            var = self._mean(jnp.square(y - mean))
             if not self.is_initializing():
-                n = x.size // x.shape[-1]
+                n = x.size // x.shape[-1] * self._shares()
                 m = self.momentum
                 # Not "+=", which writes into the caller's array where that is NumPy's.
                 old_mean, old_var = running_mean.value, running_var.value
@@ -205,3 +207,11 @@ class BatchNorm(nn.Module):
             scale = scale * self.param("scale", nn.initializers.ones, channels)
             shift = self.param("bias", nn.initializers.zeros, channels)
         return ((y - mean) * scale + shift).astype(x.dtype)
+
+    def _mean(self, y: Float[Array, "b h w c"]) -> Float[Array, " c"]:
+        mean = y.mean((0, 1, 2))
+        return mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name)
+
+    def _shares(self) -> int:
+        """How many equal parts the batch is in."""
+        return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)

@@ -24,11 +24,13 @@ class LocalReconstructor(nn.Module):
         output_activation: a key of `ACTIVATIONS`; "relu" as published, although it
             cannot produce the negative half of standardised features.
         dtype: computation type.
+        axis_name: see `BatchNorm`.
     """
 
     width: int = 1536
     output_activation: str = "relu"
     dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -53,7 +55,7 @@ class LocalReconstructor(nn.Module):
                 dtype=self.dtype,
                 name=f"conv{i}",
             )(x)
-            x = BatchNorm(name=f"bn{i}")(x, train=train)
+            x = BatchNorm(name=f"bn{i}", axis_name=self.axis_name)(x, train=train)
             if i < len(encoder):
                 x = nn.relu(x)
         code = x
@@ -61,7 +63,7 @@ class LocalReconstructor(nn.Module):
             x = ConvTranspose(
                 out, kernel, stride, padding, dtype=self.dtype, name=f"deconv{i}"
             )(x)
-            x = BatchNorm(name=f"bn{i + 3}")(x, train=train)
+            x = BatchNorm(name=f"bn{i + 3}", axis_name=self.axis_name)(x, train=train)
             if i < len(decoder):
                 x = nn.relu(x)
         x = ACTIVATIONS[self.output_activation](x)

@@ -56,11 +56,13 @@ class Ulsad(nn.Module):
         local_width: see `LocalReconstructor.width`.
         output_activation: see `LocalReconstructor.output_activation`.
         dtype: computation type of both networks.
+        axis_name: under `jax.pmap`, of the axis over which the batch is spread.
     """
 
     local_width: int = 1536
     output_activation: str = "relu"
     dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -79,11 +81,15 @@ class Ulsad(nn.Module):
         """
         channels = features.shape[-1]
         local, local_code = LocalReconstructor(
-            self.local_width, self.output_activation, self.dtype, name="local"
+            self.local_width,
+            self.output_activation,
+            self.dtype,
+            self.axis_name,
+            name="local",
         )(features, train=train)
-        global_, global_code = GlobalAutoencoder(channels, self.dtype, name="global")(
-            image, train=train
-        )
+        global_, global_code = GlobalAutoencoder(
+            channels, self.dtype, self.axis_name, name="global"
+        )(image, train=train)
         return Outputs(
             features=features,
             local=local[..., :channels],

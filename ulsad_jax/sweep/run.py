@@ -92,6 +92,13 @@ def train(config: ConfigDict, workdir: Path) -> str:
         errors.Interrupted: by a signal, after saving.
     """
     config_lib.validate(config)
+    if jax.process_count() > 1:
+        raise UserError(
+            "Expected one process, in which a sweep places its members over all "
+            f"devices, found {jax.process_count()}. Start it without --distributed and "
+            "--coordinator."
+        )
+    config.parallel.devices = 1  # of a member; members are what is split
     compilation.keep(config.dataset.cache_dir)
     members = grid.list_members(config, experiment.list_categories(config))
     _check_workdir(workdir)

@@ -20,7 +20,7 @@ from tests import runs
 REPOSITORY = Path(__file__).parents[1]
 # Programs that are compiled quickly.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-PATIENCE = 300  # seconds, for machines that are busy
+PATIENCE = 900  # seconds, for machines that are busy
 LONG = {"train.num_epochs": 5000}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ PATIENCE = 900  # seconds, for machines that are busy
 LONG = {"train.num_epochs": 5000}
 
 
-def start(config, workdir, count):
+def start(config, workdir, count, *more):
     """Starts `count` processes of train.py; returns them and the files they write."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,6 +41,7 @@ def start(config, workdir, count):
             f"--coordinator=127.0.0.1:{port}",
             f"--num_processes={count}",
             f"--process_id={i}",
+            *more,
         ]
         log = workdir.parent / f"{workdir.name}-{count}-{i}.log"
         command = [
@@ -155,17 +157,38 @@ def test_a_signal_to_one_stops_both_at_one_step_and_a_death_too(data, by_two, tm
     assert all(f"Stopped by SIGTERM after step {step}." in out for out in outputs)
 
     epochs = len(runs.read_metrics(workdir))
-    processes = start(config, workdir, 2)
+    processes = start(config, workdir, 2, "--heartbeat_seconds=20")
     wait_for_epoch(workdir, epochs + 3, processes)
     processes[1][0].kill()
-    started = time.monotonic()
     statuses, outputs = wait(processes)
     assert statuses[0] not in (0, -signal.SIGKILL), outputs
-    assert time.monotonic() - started < PATIENCE
-    assert "Expected 2 processes until the end, lost one" in outputs[0]
+    # Our own words where a connection broke, JAX's where it waited for the other one.
+    assert re.search("until the end, lost one|another task died", outputs[0]), outputs
 
     assert runs.read_steps(workdir)[-1] >= step
     last = len(runs.read_metrics(workdir)) + 1
     runs.train(runs.make_config(data, {"train.num_epochs": last}), workdir)
     assert [m["epoch"] for m in runs.read_metrics(workdir)] == list(range(1, last + 1))
-    assert os.path.exists(workdir / "report.html")
+    assert (workdir / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--distributed"], "error: Expected to find and join the other processes"),
+        (["--num_processes=2"], "--coordinator, --num_processes and --process_id tog"),
+    ],
+)
+def test_processes_that_cannot_be_joined(tmp_path, flags, message):
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    done = subprocess.run(
+        [sys.executable, "train.py", "--config=configs/quickstart.py", *flags]
+        + [f"--workdir={tmp_path / 'run'}"],
+        cwd=REPOSITORY,
+        env=outside,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert message in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from ulsad_jax import hosts
 from ulsad_jax.errors import UserError, storage_errors
 
 
@@ -69,8 +70,10 @@ class CheckpointStore:
         """Returns the store."""
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         """Waits until everything is on disk."""
+        if hosts.tells_a_loss(error):
+            return  # what several processes were saving stays unfinished
         with storage_errors(self._folder):
             self._manager.close()
 

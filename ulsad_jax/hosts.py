@@ -71,8 +71,8 @@ def joined(
         multihost_utils.sync_global_devices("joined")
         yield
         multihost_utils.sync_global_devices("done")
-    except (RuntimeError, ValueError) as error:
-        if not _is_loss_of_a_process(error):
+    except (RuntimeError, TimeoutError, ValueError) as error:
+        if not tells_a_loss(error):
             raise
         print(
             f"error: Expected {jax.process_count()} processes until the end, lost one: "
@@ -111,6 +111,9 @@ def first_alone(what: str) -> Iterator[None]:
         multihost_utils.sync_global_devices(what)
 
 
-def _is_loss_of_a_process(error: Exception) -> bool:
-    """Whether it is what collectives raise where another process went away."""
-    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+def tells_a_loss(error: BaseException | None) -> bool:
+    """Whether it is what is raised where another process went away."""
+    if jax.process_count() == 1:
+        return False
+    kinds = jax.errors.JaxRuntimeError, TimeoutError
+    return isinstance(error, kinds) or "Gloo" in str(error)

@@ -181,11 +181,10 @@ def test_a_signal_to_one_stops_both_at_one_step_and_a_death_too(data, by_two, tm
 )
 def test_processes_that_cannot_be_joined(tmp_path, flags, message):
     outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    command = [sys.executable, "train.py", "--config=configs/quickstart.py"]
+    command += [f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(
-        [
-            *(sys.executable, "train.py", "--config=configs/quickstart.py", *flags),
-            f"--workdir={tmp_path / 'run'}",
-        ],
+        [*command, *flags],
         cwd=REPOSITORY,
         env=outside,
         capture_output=True,

@@ -11,7 +11,7 @@ import pytest
 from tests import runs
 from tests.test_experiment import interrupt_at, needs_cpu
 from tests.test_features import make_batches
-from ulsad_jax import features, pretrained
+from ulsad_jax import features, parallel, pretrained
 from ulsad_jax.errors import Interrupted
 from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
 
@@ -32,8 +32,10 @@ def normals():
         batches = [make_batches(split, range(len(split)), 2) for split in images]
         return FeaturePyramid("resnet18"), trunk.variables, batches, COUNTS
 
-    kept = features.keep(*make_arguments())
-    return kept, features.stream(*make_arguments(), image_size=SIZE)
+    devices = parallel.find_devices()
+    kept = features.keep(*make_arguments(), devices=devices)
+    streamed = features.stream(*make_arguments(), image_size=SIZE, devices=devices)
+    return kept, streamed
 
 
 def test_streamed_is_kept(normals):

@@ -198,7 +198,13 @@ def test_terms_are_told_the_updates_so_far(parts):
         counts.append(float(losses["count"]))
     assert counts == [0, 1, 2]
     validate = trainer.make_validate(
-        model, loss_fn, kept, batch_size=3, method="none", **RATES
+        model,
+        loss_fn,
+        kept,
+        devices=parallel.find_devices(),
+        batch_size=3,
+        method="none",
+        **RATES,
     )
     assert validate(state.variables, 3).losses["count"] == 3
 

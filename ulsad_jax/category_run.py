@@ -191,13 +191,9 @@ class CategoryRun:
             pixel_threshold: instead of the run's.
         """
         given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
+        where = {"step": step, "sharding": self._devices.everywhere}
         step, weights, decisions = trained.load(
-            self._config,
-            self._folder,
-            self._trunk,
-            step=step,
-            sharding=self._devices.everywhere,
-            **given,
+            self._config, self._folder, self._trunk, **where, **given
         )
         with stages.measure(self._folder, "prediction"):
             prediction, truth = self._predict_test(weights)
@@ -346,8 +342,6 @@ class CategoryRun:
         size = tuple(self._config.image_size)
         needed = features.count_bytes(sum(counts), size)
         allowed = self._config.train.feature_memory * features.host_bytes()
-        # All processes have to decide alike.
-        allowed = hosts.gather(np.float32([allowed])).min()
         told = f"features of {sum(counts)} images: {needed / 2**20:.0f} MiB of memory"
         what = self._pyramid, self._trunk.variables, batches, counts
         if needed <= allowed:

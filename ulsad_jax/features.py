@@ -259,11 +259,13 @@ def count_bytes(count: int, image_size: tuple[int, int]) -> int:
 
 
 def host_bytes() -> int:
-    """The machine's memory, or what a container may have of it."""
+    """The machine's memory, or what a container may have; of all hosts the least."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
-    return total if text == "max" else min(total, int(text))
+    own = total if text == "max" else min(total, int(text))
+    least = hosts.gather(np.int32([own // 2**20])).min()  # so that all decide alike
+    return int(least) * 2**20
 
 
 def _put(

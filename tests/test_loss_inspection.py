@@ -108,7 +108,11 @@ def test_gradient_norms_are_those_of_the_weighted_terms(config, document):
     model = training.make_model(config)
     optimizer = training.make_optimizer(**config.optimizer)
     key = jax.random.fold_in(jax.random.key(0), training.category_seed("bottle"))
-    state = training.init_state(model, optimizer, key, features=x, image=image)
+    shapes = {
+        "features": jax.ShapeDtypeStruct(x.shape, x.dtype),
+        "image": jax.ShapeDtypeStruct(image.shape, image.dtype),
+    }
+    state = training.init_state(model, optimizer, key, **shapes)
 
     @jax.jit
     def differentiate(variables, x, image, numbers):

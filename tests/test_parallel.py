@@ -18,7 +18,16 @@ def test_many_devices():
     flags = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
     program = Path(__file__).with_name("eight_devices.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", program],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n0",
+            "-p",
+            "no:cacheprovider",
+            program,
+        ],
         env=os.environ | {"XLA_FLAGS": flags},
         capture_output=True,
         text=True,

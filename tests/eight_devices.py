@@ -150,11 +150,11 @@ def assert_same_run(found, expected):
     a, b = map(runs.read_checkpoint, (found, expected))
     for name, values in b["model"]["channels"].items():
         np.testing.assert_allclose(a["model"]["channels"][name], values, rtol=1e-5)
-    assert a["calibration"] == pytest.approx(b["calibration"], rel=1e-3)
+    assert a["calibration"] == pytest.approx(b["calibration"], rel=1e-2)
     assert jax.tree.map(np.shape, a) == jax.tree.map(np.shape, b)
     for a, b in zip(runs.read_scores(found), runs.read_scores(expected), strict=True):
         assert a["image"] == b["image"]
-        assert float(a["score"]) == pytest.approx(float(b["score"]), rel=1e-3, abs=1e-4)
+        assert float(a["score"]) == pytest.approx(float(b["score"]), rel=1e-2, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ def main(argv: list[str]) -> None:
 
     config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
     with errors.reported(), _JOIN():
-        from ulsad_jax import experiment  # not for --help: JAX takes seconds
-        from ulsad_jax.sweep import run as sweep
-
-        train = sweep.train if "sweep" in config else experiment.train
+        if "sweep" in config:  # imported here, not for --help: JAX takes seconds
+            from ulsad_jax.sweep.run import train
+        else:
+            from ulsad_jax.experiment import train
         print(train(config, workdir))
 
 

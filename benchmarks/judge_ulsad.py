@@ -46,11 +46,10 @@ def make_measure(*, epochs: int, seeds: list[int], size: int):
         """Trains from scratch; returns the networks' variables."""
         count, rows_a_step = len(images), config.train.batch_size
         shapes = [(rows_a_step, *a.shape[1:]) for a in (x, images)]
-        key = jax.random.fold_in(jax.random.key(seed), training.category_seed(name))
         state = training.init_state(
             model,
             optimizer,
-            key,
+            training.initial_key(seed, name),
             features=jax.ShapeDtypeStruct(shapes[0], jnp.float32),
             image=jax.ShapeDtypeStruct(shapes[1], jnp.uint8),
         )

@@ -39,14 +39,14 @@ def measure(config, count: int, steps: int) -> dict[str, float]:
     import numpy as np
 
     from ulsad_jax import losses, stages, training
-    from ulsad_jax.models.pyramid import FEATURE_CHANNELS
+    from ulsad_jax.models.pyramid import feature_shape
     from ulsad_jax.sweep import memory, wave
 
     model, loss_fn = training.make_model(config), losses.make_loss_fn(config.losses)
     optimizer = training.make_optimizer(**config.optimizer)
     batch, (height, width) = config.train.batch_size, config.image_size
     rng = np.random.default_rng(0)
-    shape = (batch, height // 8, width // 8, FEATURE_CHANNELS)
+    shape = (batch, *feature_shape((height, width)))
     features = rng.normal(size=shape).astype(np.float32)
     images = rng.integers(0, 256, (batch, height, width, 3), np.uint8)
     state = training.init_state(

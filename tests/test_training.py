@@ -40,6 +40,19 @@ def parts(config):
     )
 
 
+def make_validate(model, loss_fn, kept, *, method):
+    """In batches of three, on all devices."""
+    return trainer.make_validate(
+        model,
+        loss_fn,
+        kept,
+        devices=parallel.find_devices(),
+        batch_size=3,
+        method=method,
+        **RATES,
+    )
+
+
 def init(parts, seed=0):
     model, _, optimizer = parts
     kept = make_kept(BATCH)
@@ -145,15 +158,7 @@ def test_validation_averages_over_the_images(parts, count):
     total, terms = loss_fn(outputs)
     maps = scoring.raw_maps(outputs, (SIZE, SIZE))
     expected = scoring.calibrate(*map(np.asarray, maps), method="quantile")
-    validate = trainer.make_validate(
-        model,
-        loss_fn,
-        kept,
-        devices=parallel.find_devices(),
-        batch_size=3,
-        method="quantile",
-        **RATES,
-    )
+    validate = make_validate(model, loss_fn, kept, method="quantile")
     found = validate(variables, 0)
     assert found.losses == pytest.approx(
         {"total": float(total)} | {k: float(v) for k, v in terms.items()}, rel=1e-5
@@ -172,15 +177,7 @@ def test_validation_averages_over_the_images(parts, count):
 
 def test_validation_without_calibration(parts):
     model, loss_fn, _ = parts
-    validate = trainer.make_validate(
-        model,
-        loss_fn,
-        make_kept(2),
-        devices=parallel.find_devices(),
-        batch_size=3,
-        method="none",
-        **RATES,
-    )
+    validate = make_validate(model, loss_fn, make_kept(2), method="none")
     calibration = validate(init(parts).variables, 0).calibration
     assert (calibration.local_offset, calibration.local_scale) == (0, 1)
     assert calibration.display_low < calibration.display_high
@@ -197,15 +194,7 @@ def test_terms_are_told_the_updates_so_far(parts):
         state, losses = step(state, kept.features, kept.images)
         counts.append(float(losses["count"]))
     assert counts == [0, 1, 2]
-    validate = trainer.make_validate(
-        model,
-        loss_fn,
-        kept,
-        devices=parallel.find_devices(),
-        batch_size=3,
-        method="none",
-        **RATES,
-    )
+    validate = make_validate(model, loss_fn, kept, method="none")
     assert validate(state.variables, 3).losses["count"] == 3
 
 

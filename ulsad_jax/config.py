@@ -18,8 +18,8 @@ from ulsad_jax.models.resnet import ARCHITECTURES
 from ulsad_jax.parallel import BACKENDS
 from ulsad_jax.pretrained import BUILTIN_ARCHITECTURE
 
-SELECTIONS = ("last", "best_validation_loss", "best_test_auroc")
 BEST_TEST_AUROC = "best_test_auroc"
+SELECTIONS = ("last", "best_validation_loss", BEST_TEST_AUROC)
 # Fields that may change between two commands on one work directory: they leave what
 # was already trained as it is.
 FREE_FIELDS = (

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ulsad_jax import hosts
-from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
+from ulsad_jax.models.pyramid import FeaturePyramid, feature_shape
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Shaped, UInt8
@@ -40,6 +40,11 @@ class Kept:
     def __len__(self) -> int:
         """How many images there are."""
         return len(self.images)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+        return self.images.shape[1:3]
 
     @property
     def feature_shape(self) -> tuple[int, int, int]:
@@ -70,9 +75,14 @@ class Streamed:
         return len(self.images)
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+        return self.images.shape[1:3]
+
+    @property
     def feature_shape(self) -> tuple[int, int, int]:
         """(h/8, w/8, c) of an image's features."""
-        return _feature_shape(self.images.shape[1:3])
+        return feature_shape(self.image_size)
 
     def batch(
         self, rows: Int[np.ndarray, " b"]
@@ -254,7 +264,7 @@ def channel_statistics(
 
 def count_bytes(count: int, image_size: tuple[int, int]) -> int:
     """What `Kept` takes for so many images of (height, width) pixels."""
-    floats = math.prod(_feature_shape(image_size))
+    floats = math.prod(feature_shape(image_size))
     return count * (4 * floats + 3 * math.prod(image_size))
 
 
@@ -282,8 +292,3 @@ def _make_raw_extractor(
 ) -> Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b h/8 w/8 c"]]:
     extractor = make_extractor(pyramid, trunk, devices=devices)
     return lambda image: hosts.gather(extractor(devices.split(image)))
-
-
-def _feature_shape(image_size: tuple[int, int]) -> tuple[int, int, int]:
-    height, width = image_size
-    return height // 8, width // 8, FEATURE_CHANNELS

@@ -12,7 +12,7 @@ import numpy as np
 
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import TOTAL, make_loss_fn
-from ulsad_jax.models.pyramid import FEATURE_CHANNELS
+from ulsad_jax.models.pyramid import feature_shape
 from ulsad_jax.models.ulsad import NETWORKS, Outputs
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def draw_outputs(config: ConfigDict) -> Outputs:
     there a root or a logarithm has no finite gradient.
     """
     height, width = config.image_size
-    grid = (2, height // 8, width // 8, FEATURE_CHANNELS)
+    grid = (2, *feature_shape((height, width)))
     shapes = dict.fromkeys(("features", "local", "predicted_global", "global_"), grid)
     shapes["local_code"] = (2, height // 32, width // 32, config.model.local_width)
     shapes["global_code"] = (2, 64)

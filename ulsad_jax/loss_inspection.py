@@ -131,9 +131,7 @@ def _run_networks(
     state = training.init_state(
         model,
         training.make_optimizer(**config.optimizer),
-        jax.random.fold_in(
-            jax.random.key(config.seed), training.category_seed(category)
-        ),
+        training.initial_key(config.seed, category),
         features=jax.ShapeDtypeStruct(x.shape, x.dtype),
         image=jax.ShapeDtypeStruct(image.shape, image.dtype),
     )

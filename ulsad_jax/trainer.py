@@ -95,7 +95,7 @@ def make_validate(
         pixel_fpr: see `decisions.choose`.
         numbers: of the loss function, where they are not its own.
     """
-    size = kept.images.shape[1:3]
+    size = kept.image_size
     count = len(kept)
     step = make_validation_step(model, loss_fn, size)
 
@@ -177,18 +177,15 @@ class Trainer:
         self._steps_per_epoch = training.steps_per_epoch(len(train), batch)
         model = training.make_model(config)
         optimizer = training.make_optimizer(**config.optimizer)
-        key = jax.random.fold_in(
-            jax.random.key(config.seed), training.category_seed(category)
-        )
         self._state = devices.replicate(
             training.init_state(
                 model,
                 optimizer,
-                key,
+                training.initial_key(config.seed, category),
                 features=jax.ShapeDtypeStruct(
                     (batch, *train.feature_shape), jnp.float32
                 ),
-                image=jax.ShapeDtypeStruct((batch, *train.images.shape[1:]), jnp.uint8),
+                image=jax.ShapeDtypeStruct((batch, *train.image_size, 3), jnp.uint8),
             )
         )
         self._train_step = parallel.make_train_step(

@@ -73,6 +73,11 @@ def category_seed(category: str) -> int:
     return zlib.crc32(category.encode()) & 0x7FFFFFFF
 
 
+def initial_key(seed: int, category: str) -> jax.Array:
+    """Decides a category's initial weights."""
+    return jax.random.fold_in(jax.random.key(seed), category_seed(category))
+
+
 def init_state(
     model: Ulsad,
     optimizer: optax.GradientTransformation,

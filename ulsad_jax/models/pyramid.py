@@ -20,6 +20,12 @@ FEATURE_CHANNELS = 384
 LAYERS = {"layer2+layer3": (0, 1), "layer2": (0,), "layer3": (1,)}
 
 
+def feature_shape(image_size: tuple[int, int]) -> tuple[int, int, int]:
+    """(h/8, w/8, c) of the features of an image of (height, width) pixels."""
+    height, width = image_size
+    return height // 8, width // 8, FEATURE_CHANNELS
+
+
 class FeaturePyramid(nn.Module):
     """Layers of a trunk on one grid, pooled to 384 channels; as published, 2 and 3.
 

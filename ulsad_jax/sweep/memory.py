@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ulsad_jax import features, training
-from ulsad_jax.models.pyramid import FEATURE_CHANNELS
+from ulsad_jax.models.pyramid import feature_shape
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -55,14 +55,11 @@ def estimate_member(config: ConfigDict) -> int:
     Parameters with both moments and gradients, what every layer returns for a batch,
     and two batches: the one in use and the one on its way.
     """
-    height, width = config.image_size
-    batch = config.train.batch_size
+    size, batch = tuple(config.image_size), config.train.batch_size
     model = training.make_model(config)
     inputs = (
-        jax.ShapeDtypeStruct(
-            (batch, height // 8, width // 8, FEATURE_CHANNELS), jnp.float32
-        ),
-        jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((batch, *feature_shape(size)), jnp.float32),
+        jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8),
     )
 
     def forward(key: jax.Array, *inputs: jax.Array) -> Any:

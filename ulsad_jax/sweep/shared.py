@@ -27,13 +27,13 @@ class Rows:
 
     Attributes:
         raw: [n, h/8, w/8, c] float32, not standardised.
-        all_images: [n, h, w, 3] uint8.
+        images: [n, h, w, 3] uint8.
         rows: that belong to this split.
         statistics: of the member's training images.
     """
 
     raw: np.ndarray
-    all_images: np.ndarray
+    images: np.ndarray
     rows: np.ndarray
     statistics: features.ChannelStatistics
 
@@ -47,16 +47,16 @@ class Rows:
         return self.raw.shape[1:]
 
     @property
-    def images(self) -> UInt8[np.ndarray, "m h w 3"]:
-        """Of this split, copied."""
-        return self.all_images[self.rows]
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+        return self.images.shape[1:3]
 
     def batch(
         self, rows: Int[np.ndarray, " b"]
     ) -> tuple[Float[np.ndarray, "b h/8 w/8 c"], UInt8[np.ndarray, "b h w 3"]]:
         """Features and images of some of this split's rows."""
         rows = self.rows[rows]
-        return self.statistics.standardize(self.raw[rows]), self.all_images[rows]
+        return self.statistics.standardize(self.raw[rows]), self.images[rows]
 
 
 class Source:

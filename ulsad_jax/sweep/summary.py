@@ -119,7 +119,9 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
         The table of mean and deviation, the best members, and where the rest is.
     """
     groups, best = group(entries), find_best(entries)
-    on_test = any(e.member.config.selection == "best_test_auroc" for e in entries)
+    on_test = any(
+        e.member.config.selection == config_lib.BEST_TEST_AUROC for e in entries
+    )
     fields = list(dict.fromkeys(f for e in entries for f in e.member.fields))
     names = list(dict.fromkeys(name for e in entries for name in e.metrics))
     files.replace_csv(

@@ -29,7 +29,7 @@ flags.mark_flags_as_required(["workdir"])
 
 def main(argv: list[str]) -> None:
     """Evaluates, and prints the table of results."""
-    command_line.refuse_arguments(argv)
+    command_line.begin(argv)
     from ulsad_jax import errors
 
     with errors.reported(), _JOIN():

@@ -19,7 +19,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(argv: list[str]) -> None:
     """Runs, and prints the table of results."""
-    command_line.refuse_arguments(argv)
+    command_line.begin(argv)
     from ulsad_jax import errors
 
     config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()

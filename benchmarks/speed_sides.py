@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ulsad_jax import host_memory
+
 ARCHITECTURE = "wide_resnet50_2"
 TERMS = ("local", "attention", "consistency")
 # Calibration of local and global maps: any but none.
@@ -24,6 +26,7 @@ OFFSETS, SCALES = (0.5, 1.0), (0.25, 0.125)
 
 def serve(connection: Connection, side: str, options: dict[str, Any]) -> None:
     """Answers (job, arguments) with the job's result until the parent is gone."""
+    host_memory.keep_freed()  # as train.py does; PyTorch gains from it, too
     worker = {"jax": JaxSide, "torch": TorchSide}[side](**options)
     connection.send(worker.versions)
     with contextlib.suppress(EOFError):

@@ -9,12 +9,15 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from ulsad_jax import host_memory
 
-def refuse_arguments(argv: list[str]) -> None:
+
+def begin(argv: list[str]) -> None:
     """Takes flags alone; libraries, which tell every step they take, are silenced."""
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags alone, found {' '.join(argv[1:])!r}.")
     logging.set_verbosity(logging.WARNING)
+    host_memory.keep_freed()
 
 
 def define_processes() -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -21,7 +21,7 @@ _JSON = flags.DEFINE_boolean("json", False, "Print JSON instead of a table.")
 
 def main(argv: list[str]) -> None:
     """Prints the table; fails if a term cannot be trained with."""
-    command_line.refuse_arguments(argv)
+    command_line.begin(argv)
     from ulsad_jax import errors
 
     with errors.reported():

@@ -10,10 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from ulsad_jax import host_memory
+
 
 def main(arguments: list[str]) -> int:
     """Predicts; returns the exit status."""
     flags = parse(arguments)
+    host_memory.keep_freed()
     from ulsad_jax import errors
 
     with errors.reported(stopped="Stopped. Images that have a row are finished."):

@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 def main(argv: list[str]) -> None:
     """Runs, and says where the trunk is."""
-    command_line.refuse_arguments(argv)
+    command_line.begin(argv)
     from ulsad_jax import errors
 
     with errors.reported():

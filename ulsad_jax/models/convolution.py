@@ -2,8 +2,9 @@
 
 On GPU and TPU everything is XLA's own. On CPUs XLA runs matrix products faster than
 some convolutions, and much faster than most gradients of convolutions. There, these are
-products over the kernel's taps: the same sums in another order. (Such a convolution can
-be differentiated in reverse mode only.)
+products over the kernel's taps, the same sums in another order, or, for large float32
+ones of stride 1, products of transformed tiles (`ulsad_jax.models.winograd`). (Such a
+convolution can be differentiated in reverse mode only.) The limits below are measured.
 
 Kernels are [kh, kw, in, out]; stride and padding are the same on both axes.
 """
@@ -12,17 +13,25 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from ulsad_jax.models import winograd
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 # From so many output channels on, a product pays for gathering the taps.
 MANY_OUTPUTS = 768
+# Tiles pay for transforming a kernel of size k from so many output positions on, and
+# for compiling them from so many multiplications on.
+TILED_POSITIONS = {2: 1024, 3: 256, 5: 256}
+TILED_MULTIPLICATIONS = 2**29
+LARGE_TILE_POSITIONS = 4096  # of a 5 x 5, from where on tiles of 4 x 4 beat 2 x 2
 MANY_IMAGES = 32  # batches from here on are cut for the kernel's gradient
 CHUNK_ELEMENTS = 2**20  # of the taps held at once
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -64,6 +73,12 @@ def convolve(
         return _convolve_taps(_pad(x, padding), kernel, stride)
 
     size, outputs = kernel.shape[0], kernel.shape[-1]
+    if stride == 1 and (tile := _tile(x, kernel)):
+
+        def by_tiles(x, kernel):
+            return winograd.convolve(x, kernel, padding, tile)
+
+        return _lower(native, forward=by_tiles, backward=by_tiles)(x, kernel)
     if size == 1 or outputs >= MANY_OUTPUTS:
         return _lower(native, forward=taps, backward=taps)(x, kernel)
     if stride == 1 and size % 2 == 0:
@@ -97,8 +112,19 @@ def convolve_transposed(
         )
 
     if (k, stride, padding) == (4, 2, 1):
-        return _lower(native, forward=native, backward=_double)(x, kernel)
+        forward = _double if _tile(x, kernel[::2, ::2]) else native
+        return _lower(native, forward=forward, backward=_double)(x, kernel)
     return native(x, kernel)
+
+
+def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]) -> int | None:
+    """The tile of `winograd.convolve` that is the fastest on CPUs, if one is."""
+    size, positions = len(kernel), x.size // x.shape[-1]
+    if x.dtype != jnp.float32 or positions < TILED_POSITIONS.get(size, math.inf):
+        return None
+    if positions * kernel.size < TILED_MULTIPLICATIONS:
+        return None
+    return 4 if size == 5 and positions >= LARGE_TILE_POSITIONS else 2
 
 
 def _lower(native: Callable, *, forward: Callable, backward: Callable) -> Callable:
@@ -188,12 +214,21 @@ def _double(
     b, h, w, _ = x.shape
     x = _pad(x, 1)
     phases = [
-        _convolve_taps(x[:, r : r + h + 1, s : s + w + 1], kernel[r::2, s::2], 1)
+        _convolve_valid(x[:, r : r + h + 1, s : s + w + 1], kernel[r::2, s::2])
         for r in (0, 1)
         for s in (0, 1)
     ]
     y = jnp.stack(phases).reshape(2, 2, b, h, w, -1)  # r s b m n o
     return y.transpose(2, 3, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1)
+
+
+def _convolve_valid(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]
+) -> Float[Array, "b oh ow o"]:
+    """An unpadded convolution of stride 1 as products, of tiles or of taps."""
+    if tile := _tile(x, kernel):
+        return winograd.convolve(x, kernel, 0, tile)
+    return _convolve_taps(x, kernel, 1)
 
 
 def _convolve_taps(

@@ -1,13 +1,12 @@
 """Convolutions of stride 1 with fewer multiplications (Winograd's minimal filtering).
 
 m x m outputs of a k x k kernel are m k x m k multiplications for each pair of channels.
-Seen as polynomials, an output row is a product of degree m + k - 2, which n = m + k - 1
-values determine: transform tiles of n x n inputs and the kernel, multiply value by value,
-transform back, and n x n multiplications remain (S. Winograd, Arithmetic Complexity of
-Computations, 1980; A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural
-Networks, CVPR 2016). The values of all tiles and channels make n x n matrix products.
-Sums are taken in another order, and with larger terms, than a direct convolution's:
-float32 results differ by some 1e-6 of their norm.
+As a product of polynomials, m outputs and k weights of one axis need n = m + k - 1:
+transform tiles of n x n inputs and the kernel, multiply value by value, transform back
+(S. Winograd, Arithmetic Complexity of Computations, 1980; A. Lavin and S. Gray, Fast
+Algorithms for Convolutional Neural Networks, CVPR 2016). The values of all tiles and
+channels make n x n matrix products. Sums are taken in another order than in a direct
+convolution, and of larger terms: float32 results differ by up to 1e-5 of their norm.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ POINTS = (0, 1, -1, 2, -2, 0.5, -0.5)
 
 
 class Transforms(NamedTuple):
-    """Of one axis: y_i = sum_u output[u, i] (input @ x)_u (kernel @ w)_u.
+    """Of one axis: y = output.T @ ((input @ x) * (kernel @ w)).
 
     Attributes:
         input: [n, n], of n inputs.
         kernel: [n, k], of the kernel.
-        output: [n, m], whose transpose returns to the m outputs.
+        output: [n, m], whose transpose leads to the m outputs.
     """
 
     input: Float[np.ndarray, "n n"]
@@ -59,8 +58,7 @@ def make_transforms(m: int, k: int) -> Transforms:
     products = (output[:, :, None] * kernel[:, None]).reshape(m + k - 1, m * k)
     picked = np.add.outer(np.arange(m), np.arange(k)).reshape(-1)
     solved = np.linalg.lstsq(products.T, np.eye(m + k - 1)[picked], rcond=None)[0]
-    # They are fractions of small powers of two and small primes: without rounding error.
-    return Transforms(np.round(solved * 960) / 960, kernel, output)
+    return Transforms(np.round(solved, 9), kernel, output)  # zeros are zeros then
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -72,9 +70,8 @@ def convolve(
     It can be differentiated in reverse mode only, once.
     """
     transforms = make_transforms(m, len(kernel))
-    values = _values(x, len(kernel), padding, m)
-    kernels = _mix(transforms.kernel, kernel)
-    return _outputs(values, kernels, x.shape, len(kernel), padding, m)
+    kernels = _transform(transforms.kernel, kernel)
+    return _multiply(x, kernels, transforms, padding)
 
 
 def _forward(x, kernel, padding, m):
@@ -86,80 +83,93 @@ def _backward(padding, m, inputs, y):
     k = len(kernel)
     transforms = make_transforms(m, k)
     # To the input: a convolution with the kernel turned around.
-    turned = _mix(transforms.kernel[:, ::-1], kernel)
+    turned = _transform(transforms.kernel[:, ::-1], kernel)
     turned = [[each.T for each in row] for row in turned]
-    rest = k - 1 - padding
-    to_x = _outputs(_values(y, k, rest, m), turned, y.shape, k, rest, m)
+    to_x = _multiply(y, turned, transforms, k - 1 - padding)
     # To the kernel: the products' gradients, and the transforms' transposes.
-    grid = _tiles(y, m, m, [-(-n // m) for n in y.shape[1:3]], padding=0)
-    cotangents = _mix(transforms.output, grid)
-    values = _values(x, k, padding, m)
+    counts = [-(-size // m) for size in y.shape[1:3]]
+    values = _transform_tiles(transforms.input, x, counts, m, padding)
+    cotangents = _transform_tiles(transforms.output, y, counts, m, 0)
     products = [
         [_flat(a).T @ _flat(b) for a, b in zip(*rows, strict=True)]
         for rows in zip(values, cotangents, strict=True)
     ]
-    to_kernel = _mix(transforms.kernel.T, products)
+    to_kernel = _transform(transforms.kernel.T, products)
     return to_x, jnp.stack([jnp.stack(row) for row in to_kernel])
 
 
 convolve.defvjp(_forward, _backward)
 
 
-def _values(x: Float[Array, "b h w i"], k: int, padding: int, m: int) -> Grid:
-    """The transformed input tiles, n x n arrays [b, rows, columns, i]."""
-    counts = [-(-(n + 2 * padding - k + 1) // m) for n in x.shape[1:3]]
-    tiles = _tiles(x, m + k - 1, m, counts, padding)
-    return _mix(make_transforms(m, k).input, tiles)
-
-
-def _outputs(
-    values: Grid, kernels: Grid, shape: Sequence[int], k: int, padding: int, m: int
+def _multiply(
+    x: Float[Array, "b h w i"], kernels: Grid, transforms: Transforms, padding: int
 ) -> Float[Array, "b oh ow o"]:
-    """Multiplies values and kernels, and returns from them to the outputs."""
+    """Convolves with an already transformed kernel, n x n arrays [i, o]."""
+    (k, m), b = (a.shape[1] for a in (transforms.kernel, transforms.output)), len(x)
+    height, width = (size + 2 * padding - k + 1 for size in x.shape[1:3])
+    rows, columns = counts = -(-height // m), -(-width // m)
+    values = _transform_tiles(transforms.input, x, counts, m, padding)
     products = [
-        [(_flat(a) @ b).reshape(*a.shape[:-1], -1) for a, b in zip(*rows, strict=True)]
-        for rows in zip(values, kernels, strict=True)
+        [_flat(value) @ kernel for value, kernel in zip(*pair, strict=True)]
+        for pair in zip(values, kernels, strict=True)
     ]
-    grid = _mix(make_transforms(m, k).output.T, products)
-    y = jnp.stack([jnp.stack(row, axis=3) for row in grid], axis=2)
-    b, rows, _, columns, _, o = y.shape
-    height, width = (n + 2 * padding - k + 1 for n in shape[1:3])
-    return y.reshape(b, rows * m, columns * m, o)[:, :height, :width]
+    y = [jnp.stack(row) for row in _transform(transforms.output.T, products)]
+    y = jnp.stack(y).reshape(m, m, b, rows, columns, -1).transpose(2, 3, 0, 4, 1, 5)
+    return y.reshape(b, rows * m, columns * m, -1)[:, :height, :width]
 
 
-def _tiles(
-    x: Float[Array, "b h w c"], n: int, m: int, counts: Sequence[int], padding: int
+def _transform_tiles(
+    matrix: Float[np.ndarray, "n t"],
+    x: Float[Array, "b h w c"],
+    counts: Sequence[int],
+    m: int,
+    padding: int,
 ) -> Grid:
-    """Position (p, q) of every n x n tile, m apart, as [b, rows, columns, c]."""
-    after = (
-        (count - 1) * m + n - size - padding
-        for count, size in zip(counts, x.shape[1:3], strict=True)
-    )
+    """Transforms tiles of t x t, m apart: n x n arrays [b, rows, columns, c].
+
+    Args:
+        matrix: of both axes.
+        x: to be cut into tiles.
+        counts: of tiles in a column and in a row.
+        m: from one tile's start to the next one's.
+        padding: zeros before the first row and column; as many as needed come after.
+    """
+    ends = [(count - 1) * m + matrix.shape[1] for count in counts]
+    after = [end - size - padding for end, size in zip(ends, x.shape[1:3], strict=True)]
     x = jnp.pad(x, ((0, 0), *((padding, extra) for extra in after), (0, 0)))
-    rows, columns = ((count - 1) * m + 1 for count in counts)
+
+    def along(axis: int, x: Array) -> list[Array]:
+        length = (counts[axis - 1] - 1) * m + 1
+        return _mix(
+            matrix,
+            [
+                jax.lax.slice_in_dim(x, start, start + length, m, axis)
+                for start in range(matrix.shape[1])
+            ],
+        )
+
+    return [along(2, row) for row in along(1, x)]
+
+
+def _transform(matrix: Float[np.ndarray, "a n"], grid: Grid) -> Grid:
+    """The product of the matrix, a grid of n x n arrays, and the matrix transposed."""
+    rows = [_mix(matrix, column) for column in zip(*grid, strict=True)]
+    return [_mix(matrix, row) for row in zip(*rows, strict=True)]
+
+
+def _mix(matrix: Float[np.ndarray, "a n"], arrays: Sequence[Array]) -> list[Array]:
+    """The product of the matrix and a column of arrays."""
     return [
-        [x[:, p : p + rows : m, q : q + columns : m] for q in range(n)]
-        for p in range(n)
+        functools.reduce(
+            jnp.add,
+            [
+                array if factor == 1 else array * float(factor)
+                for factor, array in zip(factors, arrays, strict=True)
+                if factor
+            ],
+        )
+        for factors in matrix
     ]
-
-
-def _mix(matrix: Float[np.ndarray, "a n"], grid: Grid) -> Grid:
-    """matrix @ grid @ matrix.T, of a grid of n x n arrays."""
-
-    def mix(arrays):
-        return [_sum(row, arrays) for row in matrix]
-
-    mixed = [mix(column) for column in zip(*grid, strict=True)]
-    return [mix(row) for row in zip(*mixed, strict=True)]
-
-
-def _sum(factors: Float[np.ndarray, " n"], arrays: Sequence[Array]) -> Array:
-    terms = [
-        array if factor == 1 else array * float(factor)
-        for factor, array in zip(factors, arrays, strict=True)
-        if factor
-    ]
-    return functools.reduce(jnp.add, terms)
 
 
 def _flat(x: Float[Array, "b h w c"]) -> Float[Array, "b*h*w c"]:

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -84,6 +85,24 @@ def test_tiles_where_they_pay(x, kernel, stride, expected):
         assert products == count or (count == 0 and products <= 1)
     half = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (x, kernel)]
     assert jax.jit(convolve).lower(*half).as_text().count("stablehlo.dot_general") <= 1
+
+
+def test_a_batch_of_any_size_can_be_exported():
+    """A function of a symbolic batch has tiles, too."""
+    rng = np.random.default_rng(3)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 256, 256)), jnp.float32)
+
+    @jax.jit
+    def convolve(x):
+        return convolution.convolve(x, kernel, stride=1, padding=1)
+
+    (batch,) = jax.export.symbolic_shape("b")
+    exported = jax.export.export(convolve)(
+        jax.ShapeDtypeStruct((batch, 32, 32, 256), jnp.float32)
+    )
+    x = jnp.asarray(rng.normal(size=(2, 32, 32, 256)), jnp.float32)
+    assert exported.mlir_module().count("stablehlo.dot_general") >= 16
+    assert relative_error(exported.call(x), convolve(x)) < 1e-6
 
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")

@@ -119,7 +119,9 @@ def convolve_transposed(
 
 def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]) -> int | None:
     """The tile of `winograd.convolve` that is the fastest on CPUs, if one is."""
-    size, positions = len(kernel), x.size // x.shape[-1]
+    size, (batch, height, width, _) = len(kernel), x.shape
+    # An exported function's batch is a symbol: it may be one image.
+    positions = height * width * (batch if isinstance(batch, int) else 1)
     if x.dtype != jnp.float32 or positions < TILED_POSITIONS.get(size, math.inf):
         return None
     if positions * kernel.size < TILED_MULTIPLICATIONS:

@@ -38,6 +38,11 @@ _LAYOUT = flags.DEFINE_enum(
     "Of the trained networks in PyTorch; the rest is channels_last.",
 )
 _COMPILED = flags.DEFINE_bool("torch_compile", False, "Whether PyTorch compiles, too.")
+_MEMORY_KEPT = flags.DEFINE_bool(
+    "torch_memory_kept",
+    False,
+    "Whether PyTorch's process keeps freed memory, too, as train.py does.",
+)
 _IMAGES = flags.DEFINE_integer("images", 209, "Training images of the fit.")
 _EPOCHS = flags.DEFINE_integer("epochs", 20, "Epochs of the fit.")
 _OUTPUT = flags.DEFINE_string("output", "", "A JSON file to write.")
@@ -98,6 +103,7 @@ def main(argv: list[str]) -> None:
         "batch": _BATCH.value,
         "image_size": _SIZE.value,
         "torch_compile": _COMPILED.value,
+        "torch_memory_kept": _MEMORY_KEPT.value,
         "seconds": times,
         "first_call_seconds": first,
         "peak_device_bytes": [side.ask("peak_memory") for side in sides],
@@ -117,6 +123,7 @@ def start_sides(weights: str) -> tuple[Side, Side]:
         "weights": weights,
         "training_layout": _LAYOUT.value,
         "compiled": _COMPILED.value,
+        "memory_kept": _MEMORY_KEPT.value,
     }
     return Side("jax", **options), Side("torch", **options)
 

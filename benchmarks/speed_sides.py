@@ -26,7 +26,8 @@ OFFSETS, SCALES = (0.5, 1.0), (0.25, 0.125)
 
 def serve(connection: Connection, side: str, options: dict[str, Any]) -> None:
     """Answers (job, arguments) with the job's result until the parent is gone."""
-    host_memory.keep_freed()  # as train.py does; PyTorch gains from it, too
+    if side == "jax" or options["memory_kept"]:
+        host_memory.keep_freed()  # as train.py does
     worker = {"jax": JaxSide, "torch": TorchSide}[side](**options)
     connection.send(worker.versions)
     with contextlib.suppress(EOFError):
@@ -214,6 +215,7 @@ class TorchSide:
         weights: str,
         training_layout: str,
         compiled: bool,
+        memory_kept: bool,
     ):
         """Reads the weights of the other side.
 
@@ -224,6 +226,7 @@ class TorchSide:
             weights: the .npz file to read.
             training_layout: of the trained networks; everything else is channels_last.
             compiled: whether to `torch.compile`.
+            memory_kept: as `serve` has done.
         """
         import torch
 

@@ -313,3 +313,21 @@ def test_step_is_not_a_hyperparameter(own_terms):
     config = {"s": entry("own_terms:ramp", length=8, step=3)}
     with pytest.raises(UserError, match=r"losses\.s without `step`.*found 3"):
         losses.make_loss_fn(config)
+
+
+@pytest.mark.parametrize(
+    ("term", "found"),
+    [
+        (lambda outputs, *, epsilon: outputs["features"] ** epsilon, "TypeError"),
+        (lambda outputs, *, epsilon: outputs["features"] - jnp.ones(5), "shapes"),
+    ],
+)
+def test_a_term_that_cannot_compute(term, found, monkeypatch):
+    """One message with the term, its numbers and the line of its file."""
+    monkeypatch.setitem(losses.TERMS, "mine", term)
+    fields = {"term": "mine", "weight": 1.0, "epsilon": "1e-3"}
+    loss_fn = losses.make_loss_fn({"a": fields})
+    place = r"'a' \(mine\).*test_losses.py, line \d+.*epsilon"
+    with pytest.raises(UserError, match=f"(?s){place}") as raised:
+        loss_fn({"features": jnp.ones((2, 3, 3, 4))})
+    assert found in str(raised.value)

@@ -150,8 +150,8 @@ class _Entry(NamedTuple):
         """The term's losses; `step` only if it asks for it.
 
         Raises:
-            UserError: it asks for an output that is not there, or returns anything but
-                one floating-point number an example.
+            UserError: it asks for an output that is not there, cannot compute, or
+                returns anything but one floating-point number an example.
         """
         asks = STEP in inspect.signature(self.term).parameters
         extra = {STEP: step} if asks else {}
@@ -164,6 +164,18 @@ class _Entry(NamedTuple):
                 f"({', '.join(outputs)}), found {error} in {place.filename}, line "
                 f"{place.lineno}. Correct the name."
                 f"{suggest(str(error.args[0]), outputs)}"
+            ) from error
+        except (TypeError, ValueError) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            file = (
+                self.term.__code__.co_filename if hasattr(self.term, "__code__") else ""
+            )
+            place = ([f for f in frames if f.filename == file] or frames)[-1]
+            raise UserError(
+                f"Expected loss term {name!r} ({self.reference}) to compute one loss "
+                f"an example, found {type(error).__name__} in {place.filename}, line "
+                f"{place.lineno}: {error} Correct the term, or the numbers it has from "
+                f"config.losses.{name} ({self.hyperparameters})."
             ) from error
         shape = (outputs["features"].shape[0],)
         expected = (

@@ -123,9 +123,9 @@ def start_sides(weights: str) -> tuple[Side, Side]:
         "weights": weights,
         "training_layout": _LAYOUT.value,
         "compiled": _COMPILED.value,
-        "memory_kept": _MEMORY_KEPT.value,
     }
-    return Side("jax", **options), Side("torch", **options)
+    ours = Side("jax", memory_kept=True, **options)  # as train.py does
+    return ours, Side("torch", memory_kept=_MEMORY_KEPT.value, **options)
 
 
 def check_equal(ours: Side, theirs: Side) -> None:

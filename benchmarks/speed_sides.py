@@ -26,8 +26,8 @@ OFFSETS, SCALES = (0.5, 1.0), (0.25, 0.125)
 
 def serve(connection: Connection, side: str, options: dict[str, Any]) -> None:
     """Answers (job, arguments) with the job's result until the parent is gone."""
-    if side == "jax" or options["memory_kept"]:
-        host_memory.keep_freed()  # as train.py does
+    if options.pop("memory_kept"):
+        host_memory.keep_freed()
     worker = {"jax": JaxSide, "torch": TorchSide}[side](**options)
     connection.send(worker.versions)
     with contextlib.suppress(EOFError):
@@ -215,7 +215,6 @@ class TorchSide:
         weights: str,
         training_layout: str,
         compiled: bool,
-        memory_kept: bool,
     ):
         """Reads the weights of the other side.
 
@@ -226,7 +225,6 @@ class TorchSide:
             weights: the .npz file to read.
             training_layout: of the trained networks; everything else is channels_last.
             compiled: whether to `torch.compile`.
-            memory_kept: as `serve` has done.
         """
         import torch
 

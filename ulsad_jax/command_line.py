@@ -13,7 +13,10 @@ from ulsad_jax import host_memory
 
 
 def begin(argv: list[str]) -> None:
-    """Takes flags alone; libraries, which tell every step they take, are silenced."""
+    """Takes flags alone, silences libraries, and keeps freed memory.
+
+    Call it first: see `host_memory.keep_freed`.
+    """
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags alone, found {' '.join(argv[1:])!r}.")
     logging.set_verbosity(logging.WARNING)

@@ -200,7 +200,7 @@ def test_undefined_metrics_are_said_in_the_run_s_own_words(tmp_path, capsys, rec
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (1.0, r"found only 1\.0\. Add 'term', 'weight'"),
+        (1.0, r"a dictionary, found 1\.0\. Write it as"),
         ({"term": "local", "weight": "1"}, r"mine\.weight to be a number, found '1'"),
         ({"term": "local", "weight": True}, r"mine\.weight to be a number"),
         (

@@ -188,6 +188,8 @@ def test_what_is_not_finite_is_shown_and_fails(
     assert document["terms"]["bad"]["findings"][0] == finding
     assert document["terms"]["bad"]["gradient_norm"]["local"] is None
     assert document["terms"]["local"]["findings"] == []
+    finite = finding != "value not finite"
+    assert (document["terms"]["local"]["share"] is not None) == finite
     assert "NaN" not in json.dumps(document)
 
 
@@ -198,6 +200,9 @@ def test_warning_is_below_the_table(config, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("bottle, first batch of")
     assert lines[-1].startswith("No loss term trains the local network (predicted_glob")
+    assert lines[-1].endswith(
+        "(At step 0; a term with a schedule may train it later: see --step.)"
+    )
     (line,) = [line for line in lines if line.startswith("consistency")]
     assert line.endswith("weight 0")
 

@@ -64,7 +64,7 @@ def inspect(config: ConfigDict, *, step: int = 0) -> dict[str, Any]:
             for name, weight in (*weights.items(), (TOTAL, 1.0))
         },
         "error": error,
-        "warning": "" if error else loss_check.describe_untrained(untrained),
+        "warning": "" if error else _warn(untrained, step),
     }
 
 
@@ -159,11 +159,22 @@ def _run_networks(
     return {"features": jnp.asarray(x), **trained}, lambda g: measure(pull, g)
 
 
+def _warn(untrained: list[str], step: int) -> str:
+    """A sentence about outputs that nothing trains at a step, or ""."""
+    if not untrained:
+        return ""
+    return (
+        f"{loss_check.describe_untrained(untrained)} (At step {step}; a term with a "
+        "schedule may train it later: see --step.)"
+    )
+
+
 def _describe(
     value: float, weight: float, total: float, norms: dict[str, jax.Array]
 ) -> dict[str, Any]:
     """One term's part of the document."""
-    share = weight * value / total if total else math.nan
+    # Of a total that is not finite nobody has a share.
+    share = weight * value / total if total and math.isfinite(total) else math.nan
     norms = {network: abs(weight) * float(norms[network]) for network in NETWORKS}
     findings = []
     if not math.isfinite(value):

@@ -231,11 +231,16 @@ def _cosine(a: Float[Array, "*n c"], b: Float[Array, "*n c"]) -> Float[Array, "*
 
 def _resolve(name: str, entry: Mapping[str, Any]) -> _Entry:
     """The function, weight and hyperparameters of one config entry."""
-    hyperparameters = dict(entry) if hasattr(entry, "keys") else {}
+    if not hasattr(entry, "keys"):
+        raise UserError(
+            f"Expected config.losses.{name} to be a dictionary, found {entry!r}. Write "
+            f'it as {{"term": {str(entry)!r}, "weight": 1.0}}.'
+        )
+    hyperparameters = dict(entry)
     if missing := [key for key in ("term", "weight") if key not in hyperparameters]:
         raise UserError(
             f"Expected config.losses.{name} to have `term` and `weight`, found only "
-            f"{sorted(hyperparameters) or entry}. Add {', '.join(map(repr, missing))}."
+            f"{sorted(hyperparameters)}. Add {', '.join(map(repr, missing))}."
         )
     reference, weight = hyperparameters.pop("term"), hyperparameters.pop("weight")
     if isinstance(weight, bool) or not isinstance(weight, int | float):
@@ -296,17 +301,19 @@ def _import_term(name: str, reference: str) -> LossTerm:
             f"your own as module:function, found {reference!r}. Correct it."
             f"{suggest(str(reference), TERMS)}"
         )
-    names: list[str] = []
+    advice = (
+        f"Run from the folder that holds {module.split('.')[0]}, or put it on "
+        "PYTHONPATH."
+    )
     try:
         imported = importlib.import_module(module)
-        names = dir(imported)
+        names = set(dir(imported)) - {function}
+        advice = f"Correct the name, or the file.{suggest(function, names)}"
         term = getattr(imported, function)
         inspect.signature(term)
         return term
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"Expected config.losses.{name}.term = {reference!r} to be importable as a "
-            f"function, found: {error}. Run from the folder that holds "
-            f"{module.split('.')[0]}, or put it on PYTHONPATH."
-            f"{suggest(function, set(names) - {function})}"
+            f"function, found: {error}. {advice}"
         ) from error

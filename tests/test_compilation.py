@@ -6,7 +6,13 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from flax import linen as nn
+
+from ulsad_jax import compilation
+from ulsad_jax.models import layers
 
 PROGRAM = """
 import collections, sys
@@ -61,3 +67,19 @@ def test_where_nothing_can_be_written(tmp_path, kind):
         if os.access(place, os.W_OK):
             pytest.skip("this user may write everywhere")
     assert run(place)[0] == 0
+
+
+def test_weights_do_not_depend_on_how_their_draws_are_compiled():
+    def draw(key):
+        kernels = (
+            layers.xavier_uniform,
+            layers.torch_uniform,
+            nn.initializers.he_normal(),
+        )
+        return [init(key, (3, 5, 16, 24)) for init in kernels]
+
+    plainly = jax.jit(draw, compiler_options=compilation.run_once())
+    for a, b in zip(
+        plainly(jax.random.key(0)), jax.jit(draw)(jax.random.key(0)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)

@@ -28,3 +28,13 @@ def keep(cache_dir: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Also what compiles in less than JAX's second: there is much of it.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def run_once() -> dict[str, int]:
+    """`compiler_options` for a function that is called once, such as random weights.
+
+    XLA's CPU compiler takes four times as long to optimise many random draws as to
+    compile them plainly, and the numbers are the same.
+    """
+    cpu = jax.default_backend() == "cpu"
+    return {"xla_backend_optimization_level": 1} if cpu else {}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax import files, torch_import
+from ulsad_jax import compilation, files, torch_import
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.resnet import ResNet
 
@@ -159,7 +159,8 @@ def _describe(identity: TrunkIdentity) -> str:
 def _draw(architecture: str, seed: int) -> Trunk:
     """He initialisation, as `ResNet` defines it."""
     image = jnp.zeros((1, 64, 64, 3))
-    variables = jax.jit(ResNet(architecture).init)(jax.random.key(seed), image)
+    init = jax.jit(ResNet(architecture).init, compiler_options=compilation.run_once())
+    variables = init(jax.random.key(seed), image)
     arrays = torch_import.export(variables)
     return _make(architecture, f"random:{seed}", arrays)
 

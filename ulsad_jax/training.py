@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ulsad_jax import compilation
 from ulsad_jax.errors import UserError
 from ulsad_jax.features import ChannelStatistics
 from ulsad_jax.models.pyramid import FeaturePyramid
@@ -95,7 +96,7 @@ def init_state(
         features: shape of a batch of features.
         image: shape of a batch of images.
     """
-    variables = _init_variables(model, key, features, image)
+    variables = _make_init(model, features, image)(key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
@@ -104,19 +105,20 @@ def init_state(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))  # compiled once, for all seeds
-def _init_variables(
-    model: Ulsad,
-    key: jax.Array,
-    features: jax.ShapeDtypeStruct,
-    image: jax.ShapeDtypeStruct,
-) -> Mapping[str, Any]:
-    return model.init(
-        key,
-        jnp.zeros(features.shape, features.dtype),
-        jnp.zeros(image.shape, image.dtype),
-        train=True,
-    )
+@functools.cache  # compiled once, for all seeds
+def _make_init(
+    model: Ulsad, features: jax.ShapeDtypeStruct, image: jax.ShapeDtypeStruct
+) -> Callable[[jax.Array], Mapping[str, Any]]:
+    @functools.partial(jax.jit, compiler_options=compilation.run_once())
+    def init(key):
+        return model.init(
+            key,
+            jnp.zeros(features.shape, features.dtype),
+            jnp.zeros(image.shape, image.dtype),
+            train=True,
+        )
+
+    return init
 
 
 def make_train_step(

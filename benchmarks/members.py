@@ -19,6 +19,8 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ulsad_jax import command_line
+
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py")
 _MEMBERS = flags.DEFINE_list("members", ["1", "2", "4", "8"], "How many at once.")
 _BACKEND = flags.DEFINE_string("backend", "", "As config.sweep.backend.")
@@ -27,7 +29,7 @@ _STEPS = flags.DEFINE_integer("steps", 5, "Timed, after one that is not.")
 
 def main(argv: list[str]) -> None:
     """Measures every number of members, one after the other."""
-    del argv
+    command_line.begin(argv)  # as train.py does: it changes how memory is kept
     for count in map(int, _MEMBERS.value):
         print(json.dumps(measure(_CONFIG.value, count, _STEPS.value)), flush=True)
 

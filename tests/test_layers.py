@@ -162,6 +162,7 @@ def test_conv(kernel, stride, padding, use_bias):
 def test_lowerings_agree(kind, size, stride, padding, dtype, monkeypatch):
     """Matrix products, where this platform has them, and XLA's convolution."""
     monkeypatch.setattr(convolution, "MANY_OUTPUTS", 1)
+    monkeypatch.setattr(convolution, "MANY_MULTIPLICATIONS", 0)
     rng = np.random.default_rng(6)
     x = jnp.asarray(rng.normal(size=(2, 9, 10, 4)), dtype)
     kernel = jnp.asarray(rng.normal(size=(size, size, 4, 5)), dtype)
@@ -190,6 +191,7 @@ def test_lowerings_agree(kind, size, stride, padding, dtype, monkeypatch):
 def test_kernel_gradient_of_a_large_batch(size, stride, chunk, monkeypatch):
     """Whatever number of images is taken at once."""
     monkeypatch.setattr(convolution, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(convolution, "MANY_MULTIPLICATIONS", 0)
     rng = np.random.default_rng(4)
     x = rng.normal(size=(36, 7, 8, 3)).astype(np.float32)
     kernel = rng.normal(size=(size, size, 3, 5)).astype(np.float32)

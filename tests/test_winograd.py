@@ -70,6 +70,8 @@ def test_members_of_a_sweep_have_kernels_of_their_own():
         ((1, 8, 8, 1536), (3, 3, 1536, 1536), 1, 0),  # the kernel is most of it
         ((8, 64, 64, 256), (3, 3, 256, 256), 2, 0),
         ((2, 8, 8, 32), (3, 3, 32, 32), 1, 0),  # over before it is compiled
+        ((1, 64, 64, 64), (1, 1, 64, 64), 1, 1),  # the trunk's, as one product
+        ((1, 32, 32, 64), (1, 1, 64, 64), 1, 0),
     ],
 )
 def test_tiles_where_they_pay(x, kernel, stride, expected):

@@ -25,6 +25,8 @@ from ulsad_jax.models import winograd
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+# What is smaller stays XLA's own: the rest compiles longer than it saves.
+MANY_MULTIPLICATIONS = 2**24
 # From so many output channels on, a product pays for gathering the taps.
 MANY_OUTPUTS = 768
 # Tiles pay for transforming a kernel of size k from so many output positions on, and
@@ -72,6 +74,8 @@ def convolve(
     def taps(x, kernel):
         return _convolve_taps(_pad(x, padding), kernel, stride)
 
+    if _multiplications(x, kernel) < MANY_MULTIPLICATIONS:
+        return native(x, kernel)
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if stride == 1 and (tile := _tile(x, kernel)):
 
@@ -111,7 +115,8 @@ def convolve_transposed(
             dimension_numbers=_LAYOUT,
         )
 
-    if (k, stride, padding) == (4, 2, 1):
+    large = _multiplications(x, kernel) >= MANY_MULTIPLICATIONS
+    if (k, stride, padding) == (4, 2, 1) and large:
         forward = _double if _tile(x, kernel[::2, ::2]) else native
         return _lower(native, forward=forward, backward=_double)(x, kernel)
     return native(x, kernel)
@@ -119,14 +124,25 @@ def convolve_transposed(
 
 def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]) -> int | None:
     """The tile of `winograd.convolve` that is the fastest on CPUs, if one is."""
-    size, (batch, height, width, _) = len(kernel), x.shape
-    # An exported function's batch is a symbol: it may be one image.
-    positions = height * width * (batch if isinstance(batch, int) else 1)
+    size, positions = len(kernel), _positions(x)
     if x.dtype != jnp.float32 or positions < TILED_POSITIONS.get(size, math.inf):
         return None
-    if positions * kernel.size < TILED_MULTIPLICATIONS:
+    if _multiplications(x, kernel) < TILED_MULTIPLICATIONS:
         return None
     return 4 if size == 5 and positions >= LARGE_TILE_POSITIONS else 2
+
+
+def _multiplications(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]
+) -> int:
+    """Of every position with the whole kernel."""
+    return _positions(x) * kernel.size
+
+
+def _positions(x: Float[Array, "b h w i"]) -> int:
+    batch, height, width, _ = x.shape
+    # An exported function's batch is a symbol: it may be one image.
+    return height * width * (batch if isinstance(batch, int) else 1)
 
 
 def _lower(native: Callable, *, forward: Callable, backward: Callable) -> Callable:

@@ -98,9 +98,14 @@ def wait_for_epoch(workdir, epoch, processes):
 
 
 def assert_same_scores(found, expected):
+    """The global network drifts like its loss (see `runs`), the local one hardly."""
     for a, b in zip(runs.read_scores(found), runs.read_scores(expected), strict=True):
         assert a["image"] == b["image"]
-        assert float(a["score"]) == pytest.approx(float(b["score"]), rel=1e-2, abs=1e-3)
+        for name, tolerance in (
+            ("local_score", {"rel": 1e-2}),
+            ("score", {"abs": 5e-3}),
+        ):
+            assert float(a[name]) == pytest.approx(float(b[name]), **tolerance)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def convolve(
     def taps(x, kernel):
         return _convolve_taps(_pad(x, padding), kernel, stride)
 
-    if _multiplications(x, kernel) < MANY_MULTIPLICATIONS:
+    if _is_small(x, kernel):
         return native(x, kernel)
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if stride == 1 and (tile := _tile(x, kernel)):
@@ -115,11 +115,14 @@ def convolve_transposed(
             dimension_numbers=_LAYOUT,
         )
 
-    large = _multiplications(x, kernel) >= MANY_MULTIPLICATIONS
-    if (k, stride, padding) == (4, 2, 1) and large:
-        forward = _double if _tile(x, kernel[::2, ::2]) else native
-        return _lower(native, forward=forward, backward=_double)(x, kernel)
-    return native(x, kernel)
+    if (k, stride, padding) != (4, 2, 1) or _is_small(x, kernel):
+        return native(x, kernel)
+    forward = _double if _tile(x, kernel[::2, ::2]) else native
+    return _lower(native, forward=forward, backward=_double)(x, kernel)
+
+
+def _is_small(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> bool:
+    return _multiplications(x, kernel) < MANY_MULTIPLICATIONS
 
 
 def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]) -> int | None:
@@ -133,7 +136,7 @@ def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]) -> int | 
 
 
 def _multiplications(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]
+    x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]
 ) -> int:
     """Of every position with the whole kernel."""
     return _positions(x) * kernel.size

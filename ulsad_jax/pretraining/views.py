@@ -84,7 +84,7 @@ def _expose(
     light = 1 + 0.08 * jax.random.normal(keys[1], (3,))
     light += (tilt[0] * axis[:, None] + tilt[1] * axis)[..., None]
     image = image * light
-    image = image + strength[0] * (blur(image) - image)
+    image = image + strength[0] * (_blur(image) - image)
     return image + 0.05 * strength[1] * jax.random.normal(keys[2], image.shape)
 
 
@@ -102,7 +102,7 @@ def _add_defect(
     grey = jax.random.uniform(keys[3]) < 0.5
     tone = jnp.where(grey, tone[0], tone)
     shift = jax.random.randint(keys[4], (2,), 6, size - 6)
-    smooth = blur(blur(blur(image)))
+    smooth = _blur(_blur(_blur(image)))
     kinds = jnp.stack(
         [
             jnp.broadcast_to(tone, image.shape),
@@ -144,8 +144,7 @@ def _draw_mask(key: jax.Array, place: Float[Array, "h w 2"]) -> Float[Array, "h 
     return jax.nn.sigmoid(2 * edge * (width - jnp.sqrt(nearest)))
 
 
-def blur(image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-    """Averages over neighbours with weights 1, 2, 1 on both axes; edges repeat."""
+def _blur(image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
     padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
     return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4

@@ -17,17 +17,16 @@ def get_config() -> ConfigDict:
     # Side of the views cut from a scene, in pixels; a multiple of 16.
     config.view_size = 64
 
-    config.batch_size = 24  # scenes a step, of three views each
-    config.num_steps = 8000
+    config.batch_size = 32  # scenes a step, of two views each
+    config.num_steps = 4000
     config.learning_rate = 1e-3
     config.weight_decay = 0.02
     config.checkpoint_every = 250
 
     # Weights of the losses; see ulsad_jax/pretraining/objectives.py.
     config.objectives = objectives = ConfigDict()
-    objectives.contrast = 1.0
-    objectives.defects = 4.0
-    objectives.novelty = 6.0
+    objectives.contrast = 1.8
+    objectives.defects = 8.0
     # Of the contrast: lower looks at the most similar positions alone.
     config.temperature = 0.1
     return config

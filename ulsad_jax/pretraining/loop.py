@@ -185,7 +185,7 @@ def make_step(
     def step(state: State, number: int, scenes: Scene):
         keys = jax.random.split(jax.random.fold_in(key, number), config.batch_size)
         others = jnp.roll(scenes.image, 1, axis=0)
-        views = jax.vmap(views_of)(keys, scenes, others)  # [batch, 3, ...]
+        views = jax.vmap(views_of)(keys, scenes, others)  # [batch, 2, ...]
         views = jax.tree.map(
             lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), views
         )

@@ -1,4 +1,4 @@
-"""Three views of a scene: other light and noise, a small shift; defects in the last."""
+"""Two views of a scene: other light and noise, a small shift, and defects in one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from ulsad_jax.pretraining.shapes import squared_distance_to_stroke
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-VIEWS = 3
-SHIFT = 3  # pixels of a view, at most
-VISIBLE = 0.1  # change of a pixel, of 1, that is a defect in full
+SHIFT = 3  # pixels between the views, at most
 STROKES = 2  # of a defect
 
 
@@ -36,7 +34,7 @@ class View(NamedTuple):
 
 
 def make_views(key: jax.Array, scene: Scene, other: jax.Array, size: int) -> View:
-    """Makes two sound views and a possibly defective one: a leading axis of 3.
+    """Makes a clean and a possibly defective view; fields get a leading axis of 2.
 
     Args:
         key: decides everything.
@@ -44,32 +42,33 @@ def make_views(key: jax.Array, scene: Scene, other: jax.Array, size: int) -> Vie
         other: image of another scene, to transplant from.
         size: side of the views.
     """
-    keys = jax.random.split(key, 6)
+    keys = jax.random.split(key, 7)
     room = scene.image.shape[0] - size
     offset = jax.random.randint(keys[0], (2,), 0, room + 1)
-    shifts = jax.random.randint(keys[1], (VIEWS, 2), -SHIFT, SHIFT + 1)
-    offsets = jnp.clip(offset + shifts, 0, room)
+    shift = jax.random.randint(keys[1], (2,), -SHIFT, SHIFT + 1)
+    offsets = jnp.stack([offset, jnp.clip(offset + shift, 0, room)])
 
     def cut(x, offset):
         start = (*offset, *(0,) * (x.ndim - 2))
         return jax.lax.dynamic_slice(x, start, (size, size, *x.shape[2:]))
 
-    views = jax.vmap(lambda offset: jax.tree.map(lambda x: cut(x, offset), scene))(
-        offsets
+    clean, shifted = (jax.tree.map(lambda x, o=o: cut(x, o), scene) for o in offsets)
+    strength = jax.random.uniform(keys[2], (2,)) ** 2  # of blur and noise, both views
+    first = _expose(keys[3], clean.image / 255.0, strength)
+    defective, defect = _add_defect(
+        keys[4], shifted.image / 255.0, cut(other, offset) / 255.0
     )
-    images = views.image / 255.0
-    defective, defect = _add_defect(keys[2], images[-1], cut(other, offset) / 255.0)
-    strength = jax.random.uniform(keys[3], (2,)) ** 2  # of blur and noise, all views
-    images = jax.vmap(lambda key, image: _expose(key, image, strength))(
-        jax.random.split(keys[4], VIEWS), images.at[-1].set(defective)
+    second = _expose(keys[5], defective, strength)
+    # The same scene under another light altogether, in both views.
+    gain = 1 + 0.25 * jax.random.normal(keys[6])
+    images = jnp.clip(jnp.stack([first, second]) * gain, 0, 1)
+    classes = jax.tree.map(
+        lambda *x: jnp.stack(x).astype(jnp.int32), clean[1:], shifted[1:]
     )
-    # The same scene under another light altogether, in all views.
-    gain = 1 + 0.25 * jax.random.normal(keys[5])
     return View(
-        jnp.clip(images * gain, 0, 1),
-        views.texture.astype(jnp.int32),
-        views.shape.astype(jnp.int32),
-        defect=jnp.zeros((VIEWS, size, size)).at[-1].set(defect),
+        images,
+        *classes,
+        defect=jnp.stack([jnp.zeros_like(defect), defect]),
     )
 
 
@@ -119,7 +118,7 @@ def _add_defect(
     changed = image + opacity * mask[..., None] * (kinds[kind] - image)
     # A defect is where something changed, not where something was tried.
     change = jnp.abs(changed - image).max(-1)
-    return changed, mask * jnp.clip(change / VISIBLE, 0, 1)
+    return changed, mask * jnp.clip(change / 0.05, 0, 1)
 
 
 def _draw_mask(key: jax.Array, place: Float[Array, "h w 2"]) -> Float[Array, "h w"]:

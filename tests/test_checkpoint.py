@@ -82,6 +82,17 @@ def test_best_may_be_the_largest(tmp_path):
     assert read_steps(tmp_path) == [2, 3]
 
 
+def test_checkpoint_within_an_epoch_is_no_reason_for_a_warning(tmp_path, caplog):
+    with open_store(tmp_path) as store:
+        save(store, 1)
+        save(store, 2, loss=1.0)
+        save(store, 3)
+        save(store, 4, loss=2.0)
+        assert store.select(best=True) == 2
+    assert read_steps(tmp_path) == [2, 4]
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == []
+
+
 def test_checkpoint_within_an_epoch_is_resumed_not_evaluated(tmp_path):
     with open_store(tmp_path) as store:
         save(store, 4, loss=1.0)

@@ -116,11 +116,13 @@ class CheckpointStore:
                 items[name] = ocp.args.JsonSave(dict(value))
         if step in self._manager.all_steps():
             return
-        # Empty metrics rank last, as none do, but Orbax warns of none.
-        metrics = {} if metrics is None else dict(metrics)
         with storage_errors(self._folder):
             self._manager.save(
-                step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+                step,
+                args=ocp.args.Composite(**items),
+                # Empty metrics rank last, as none do, but Orbax warns of none.
+                metrics=dict(metrics or {}),
+                force=True,
             )
 
     def latest(self) -> int | None:

@@ -12,12 +12,12 @@ def get_config() -> ConfigDict:
     config.architecture = "resnet18"
 
     config.scenes = scenes = ConfigDict()
-    scenes.count = 24576  # drawn at the start; 32 KB each in memory
-    scenes.size = 80  # pixels a side
+    scenes.count = 6144  # drawn at the start; 0.1 MB each in memory
+    scenes.size = 144  # pixels a side
     # Side of the views cut from a scene, in pixels; a multiple of 16.
-    config.view_size = 64
+    config.view_size = 128
 
-    config.batch_size = 32  # scenes a step, of two views each
+    config.batch_size = 8  # scenes a step, of two views each
     config.num_steps = 4000
     config.learning_rate = 1e-3
     config.weight_decay = 0.02

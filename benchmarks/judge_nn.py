@@ -12,11 +12,12 @@ BATCH = 16
 BANK = 20_000  # patches at most
 
 
-def make_measure(*, pool: bool):
+def make_measure(*, pool: bool, whiten: bool):
     """Returns `measure(trunk, category) -> {type: AUROC}`.
 
     Args:
         pool: whether to average features over 3 x 3 positions.
+        whiten: as `config.trunk.whiten`.
     """
     apply = jax.jit(FeaturePyramid("resnet18").apply)
 
@@ -32,7 +33,7 @@ def make_measure(*, pool: bool):
 
     def measure(trunk, category) -> dict[str, float]:
         train = extract(trunk, category.train)
-        statistics = channel_statistics(train)
+        statistics = channel_statistics(train, whiten=whiten)
         bank = statistics.standardize(train).reshape(-1, train.shape[-1])
         chosen = np.random.default_rng(0).permutation(len(bank))[:BANK]
         test = statistics.standardize(extract(trunk, category.test))

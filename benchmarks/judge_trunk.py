@@ -32,6 +32,7 @@ _SEEDS = flags.DEFINE_list("seeds", ["0"], "Of the data sets; 0 is to choose by.
 _RUNS = flags.DEFINE_list("runs", ["0"], "Seeds of ULSAD's training.")
 _EPOCHS = flags.DEFINE_integer("epochs", 20, "Of ULSAD's training.")
 _POOL = flags.DEFINE_bool("pool", False, "nn: average features over 3 x 3 positions.")
+_WHITEN = flags.DEFINE_bool("whiten", False, "As config.trunk.whiten.")
 _SIZE = flags.DEFINE_integer("size", 128, "Side of the images in pixels.")
 _TRAIN = flags.DEFINE_integer("train", 40, "Training images a category.")
 _VALIDATION = flags.DEFINE_integer("validation", 10, "Validation images a category.")
@@ -123,11 +124,14 @@ def make_measure():
     if _MEASURE.value == "nn":
         import judge_nn
 
-        return judge_nn.make_measure(pool=_POOL.value)
+        return judge_nn.make_measure(pool=_POOL.value, whiten=_WHITEN.value)
     import judge_ulsad
 
     return judge_ulsad.make_measure(
-        epochs=_EPOCHS.value, seeds=[int(s) for s in _RUNS.value], size=_SIZE.value
+        epochs=_EPOCHS.value,
+        seeds=[int(s) for s in _RUNS.value],
+        size=_SIZE.value,
+        whiten=_WHITEN.value,
     )
 
 

@@ -11,13 +11,14 @@ from ulsad_jax.losses import make_loss_fn
 from ulsad_jax.models.pyramid import FeaturePyramid
 
 
-def make_measure(*, epochs: int, seeds: list[int], size: int):
+def make_measure(*, epochs: int, seeds: list[int], size: int, whiten: bool):
     """Returns `measure(trunk, category) -> {type: AUROC, "pixel_auroc": AUROC}`.
 
     Args:
         epochs: of training.
         seeds: of initial weights and order; results are averaged over them.
         size: side of the images in pixels.
+        whiten: as `config.trunk.whiten`.
     """
     config = quickstart.get_config()
     config.train.num_epochs = epochs
@@ -70,7 +71,7 @@ def make_measure(*, epochs: int, seeds: list[int], size: int):
 
     def measure(trunk, category) -> dict[str, float]:
         train = extract(trunk, category.train)
-        statistics = features.channel_statistics(train)
+        statistics = features.channel_statistics(train, whiten=whiten)
         x = statistics.standardize(train)
         held = statistics.standardize(extract(trunk, category.validation))
         found = []

@@ -13,14 +13,15 @@ TERMS = ("local", "attention", "consistency")
 def get_config(base: str = "quickstart") -> ConfigDict:
     """Returns one variant for each thing that the paper varies, with three seeds.
 
-    Fusions are compared in every variant. DFR is the local term alone without cosine;
-    its maps are the local ones.
+    Fusions are compared in every variant; features are whitened in one alone. DFR is
+    the local term alone without cosine; its maps are the local ones.
 
     Args:
         base: see configs/sweep.py.
     """
     config = sweep.get_config(base)
     config.sweep.fusions = True
+    config.trunk.whiten = False
     config.evaluation.original_resolution = False
     config.evaluation.pictures_per_type = 2
     variants = {
@@ -36,6 +37,7 @@ def get_config(base: str = "quickstart") -> ConfigDict:
         "no_consistency": {"losses": {"consistency": {"weight": 0.0}}},
         "layer2": {"trunk": {"layers": "layer2"}},
         "layer3": {"trunk": {"layers": "layer3"}},
+        "whitened": {"trunk": {"whiten": True}},
         "random_trunk": {"trunk": {"source": "random"}},
         "identity_output": {"model": {"output_activation": "identity"}},
     }

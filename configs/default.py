@@ -61,6 +61,9 @@ def get_config(category: str = "all") -> ConfigDict:
     trunk.path = ""
     # Whose outputs are the features: "layer2+layer3" as published, "layer2", "layer3".
     trunk.layers = "layer2+layer3"
+    # Whether features are decorrelated over the training images, not only scaled to
+    # unit variance as published.
+    trunk.whiten = False
 
     config.model = model = ConfigDict()
     # Channels of the local reconstructor's narrowest grid: 1536 is 65 M parameters.

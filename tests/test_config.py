@@ -30,6 +30,7 @@ WRONG = {
     "trunk.architecture": ("resnet152",),
     "trunk.source": ("timm",),
     "trunk.layers": ("layer4", "layer3+layer2"),
+    "trunk.whiten": (1, "zca"),
     "model.local_width": (0, 6, 8.0),
     "model.output_activation": ("gelu",),
     "optimizer.learning_rate": (0.0, -1e-3, float("nan"), "fast"),

@@ -182,17 +182,22 @@ def test_too_large(finished, tmp_path, monkeypatch):
         artifact.write(trained.load_run(finished.workdir), tmp_path / "x", ("cpu",))
 
 
-def test_weights_alone(finished, images, tmp_path):
-    path = tmp_path / "bottle.safetensors"
-    export.main([f"--workdir={finished.workdir}", f"--output={path}", "--weights"])
+@pytest.mark.parametrize("whiten", [False, True], ids=["scaled", "whitened"])
+def test_weights_alone(finished, data, images, tmp_path, whiten):
+    workdir, path = finished.workdir, tmp_path / "bottle.safetensors"
+    if whiten:
+        workdir = tmp_path / "whitened"
+        runs.train(runs.make_config(data, {"trunk.whiten": True}), workdir)
+    export.main([f"--workdir={workdir}", f"--output={path}", "--weights"])
     metadata, weights = artifact.read_weights(path)
-    run = trained.load_run(finished.workdir)
+    assert (weights.statistics.whitening is not None) == whiten
+    run = trained.load_run(workdir)
     runs.assert_same_arrays(weights, artifact.as_arrays(run.weights))
     found = jax.jit(artifact.make_function(metadata["networks"], weights))(images)
-    expected = [
-        r.score for r in ulsad_jax.Detector.load(finished.workdir)(list(images))
-    ]
+    expected = [r.score for r in ulsad_jax.Detector.load(workdir)(list(images))]
     np.testing.assert_allclose(found["score"], expected, rtol=1e-5, atol=1e-5)
+    scores = [float(row["score"]) for row in runs.read_scores(workdir)]
+    np.testing.assert_allclose(expected[:-1], scores, rtol=1e-5, atol=1e-5)
     for wrong in (tmp_path / "none", finished.workdir / trained.TRUNK):
         with pytest.raises(UserError, match="export --weights"):
             artifact.read_weights(wrong)

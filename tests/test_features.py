@@ -49,6 +49,42 @@ def test_standardised_features():
     np.testing.assert_allclose(flat.std(0), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("far", [0, 1000])
+def test_whitened_features_are_uncorrelated(far):
+    mix = np.diag([1, 2, 3, 4, 5]) + np.tri(5)
+    raw = (far + draw(60, 4, 4, 5) @ mix).astype(np.float32)
+    statistics = features.channel_statistics(raw, whiten=True)
+    plain = features.channel_statistics(raw)
+    np.testing.assert_array_equal(statistics.mean, plain.mean)
+    np.testing.assert_array_equal(statistics.std, plain.std)
+    np.testing.assert_allclose(statistics.whitening, statistics.whitening.T)
+    flat = statistics.standardize(raw).reshape(-1, 5).astype(np.float64)
+    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(flat.T, bias=True), np.eye(5), atol=1e-3)
+
+
+def test_whitening_of_uncorrelated_features_changes_nothing():
+    half = draw(1, 1, 40, 1)
+    raw = np.concatenate([half, half[:, :, ::-1]], -1)
+    raw = np.concatenate([raw, raw * [1, -1], raw * [-1, 1], -raw]).astype(np.float32)
+    found = features.channel_statistics(raw, whiten=True).standardize(raw)
+    expected = features.channel_statistics(raw).standardize(raw)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_whitening_of_channels_that_say_the_same():
+    """What never varies is raised by the bound, and no further."""
+    raw = draw(3, 4, 4, 3)
+    raw[..., 1] = 2 * raw[..., 0]
+    raw[..., 2] = 7  # never changes
+    statistics = features.channel_statistics(raw, whiten=True)
+    standard = statistics.standardize(raw)
+    np.testing.assert_allclose(standard[..., 0], standard[..., 1], atol=1e-5)
+    np.testing.assert_allclose(standard[..., 2], 0, atol=1e-12)
+    largest = np.linalg.eigvalsh(statistics.whitening).max()
+    assert largest == pytest.approx(features.LEAST_VARIANCE**-0.5, rel=1e-5)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e-20, 1e6])
 def test_channel_that_never_changes_is_zero(value):
     raw = draw(3, 4, 4, 2)

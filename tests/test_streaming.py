@@ -19,8 +19,8 @@ COUNTS, SIZE = (5, 2), (64, 96)
 STREAMING = {"train.feature_memory": 0}
 
 
-@pytest.fixture(scope="module")
-def normals():
+@pytest.fixture(scope="module", params=[False, True], ids=["scaled", "whitened"])
+def normals(request):
     """The same images kept and streamed."""
     trunk = pretrained.load_trunk(
         architecture="resnet18", source="random", repository="", path="", seed=0
@@ -32,9 +32,9 @@ def normals():
         batches = [make_batches(split, range(len(split)), 2) for split in images]
         return FeaturePyramid("resnet18"), trunk.variables, batches, COUNTS
 
-    devices = parallel.find_devices()
-    kept = features.keep(*make_arguments(), devices=devices)
-    streamed = features.stream(*make_arguments(), image_size=SIZE, devices=devices)
+    how = {"whiten": request.param, "devices": parallel.find_devices()}
+    kept = features.keep(*make_arguments(), **how)
+    streamed = features.stream(*make_arguments(), image_size=SIZE, **how)
     return kept, streamed
 
 

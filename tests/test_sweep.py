@@ -336,6 +336,7 @@ def test_variants_of_other_programs_and_fusions(data, tmp_path):
         "full": {},
         "dfr": {"losses": {"attention": {"weight": 0.0}}},
         "layer2": {"trunk": {"layers": "layer2"}},
+        "whitened": {"trunk": {"whiten": True}},
         "identity": {"model": {"output_activation": "identity"}},
     }
     config = make_config(data, {}, variants=variants, category="cable")
@@ -345,7 +346,7 @@ def test_variants_of_other_programs_and_fusions(data, tmp_path):
     traced = grid.traced_fields(members)
     assert traced == ["losses.attention.weight"]
     programs = {m.setting: grid.program(m, traced) for m in members}
-    assert programs["full"] == programs["dfr"] == programs["layer2"]
+    assert len({programs[n] for n in ("full", "dfr", "layer2", "whitened")}) == 1
     assert programs["full"] != programs["identity"]
     printed = sweep.train(config, tmp_path)
     assert "AUROC, local" in printed and "AUROC, raw mean" in printed
@@ -359,6 +360,25 @@ def test_variants_of_other_programs_and_fusions(data, tmp_path):
             auroc = np.mean((wins > 0) + 0.5 * (wins == 0))
             found = float(row[f"{fusion}: image_auroc"])
             assert found == pytest.approx(auroc, abs=1e-6)
+
+
+def test_whitened_member_is_its_lone_run(data, tmp_path):
+    """Beside a member that shares its images' features and does not whiten them."""
+    variants = {"scaled": {}, "whitened": {"trunk": {"whiten": True}}}
+    config = make_config(data, {}, variants=variants, category="bottle")
+    config.train.num_epochs = 1
+    sweep.train(config, tmp_path / "swept")
+    losses = {}
+    for name, fields in variants.items():
+        lone = runs.make_config(data, SHORT | {"train.num_epochs": 1})
+        lone.update(fields)
+        runs.train(lone, tmp_path / name)
+        (found,) = (tmp_path / "swept" / "members").glob(f"*{name}*")
+        expected = runs.read_metrics(tmp_path / name)
+        losses[name] = expected[0]["loss/total"]
+        for one, other in zip(runs.read_metrics(found), expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
+    assert losses["whitened"] != pytest.approx(losses["scaled"], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def write_weights(run: Run, path: Path) -> None:
 
     tree = serialization.to_state_dict(jax.device_get(as_arrays(run.weights)))
     arrays = traverse_util.flatten_dict(tree, sep="/")
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     files.replace(path, save(arrays, {"ulsad_jax": json.dumps(describe(run))}))
 
 

@@ -344,15 +344,16 @@ class CategoryRun:
         allowed = self._config.train.feature_memory * features.host_bytes()
         told = f"features of {sum(counts)} images: {needed / 2**20:.0f} MiB of memory"
         what = self._pyramid, self._trunk.variables, batches, counts
+        how = {"whiten": self._config.trunk.whiten, "devices": self._devices}
         if needed <= allowed:
             writer.say(told)
-            return features.keep(*what, devices=self._devices)
+            return features.keep(*what, **how)
         writer.say(
             f"{told}, more than config.train.feature_memory allows "
             f"({allowed / 2**20:.0f} MiB): they are not kept, and every step runs the "
             "trunk, too"
         )
-        return features.stream(*what, image_size=size, devices=self._devices)
+        return features.stream(*what, image_size=size, **how)
 
     def _check_selection(self) -> None:
         """Refuses to select on test images that give no AUROC."""

@@ -80,6 +80,7 @@ _RULES = {
     "trunk.architecture": _one_of(*ARCHITECTURES),
     "trunk.source": _one_of("builtin", "hub", "file", "random"),
     "trunk.layers": _one_of(*LAYERS),
+    "trunk.whiten": _BOOLEAN,
     "model.local_width": _Rule(
         lambda v: isinstance(v, int) and v >= 4 and v % 4 == 0,
         "a multiple of 4 from 4 up",

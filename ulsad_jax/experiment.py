@@ -146,7 +146,8 @@ def open_data(config: ConfigDict, category: str) -> Category:
 def load_trunk(config: ConfigDict) -> pretrained.Trunk:
     """The trunk that a config describes."""
     fields = config.trunk.to_dict()
-    fields.pop("layers")  # all are loaded
+    for name in ("layers", "whiten"):  # of its features: it is loaded whole
+        fields.pop(name)
     return pretrained.load_trunk(**fields, seed=config.seed)
 
 

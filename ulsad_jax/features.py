@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # A channel whose variance is below this share of its mean square never changes.
 DEAD_CHANNEL = 1e-12
+# Directions in which scaled features vary less than this are whitened as if by this;
+# the variances of all directions are 1 on average.
+LEAST_VARIANCE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +97,27 @@ class Streamed:
 
 @flax.struct.dataclass
 class ChannelStatistics:
-    """Mean and deviation of every feature channel over the training images, [c]."""
+    """Of the feature channels over the training images.
+
+    Attributes:
+        mean: [c].
+        std: [c].
+        whitening: [c, c], decorrelates scaled channels; None where they stay as they
+            are.
+    """
 
     mean: jax.Array
     std: jax.Array
+    whitening: jax.Array | None = None
 
     def standardize(self, features: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        """Returns (features - mean) / std."""
-        return (features - self.mean) / self.std
+        """Returns (features - mean) / std, whitened where that is asked for."""
+        scaled = (features - self.mean) / self.std
+        if self.whitening is None:
+            return scaled
+        # Accelerators would round more coarsely, and whitening would enlarge it.
+        with jax.default_matmul_precision("float32"):
+            return scaled @ self.whitening
 
 
 class Normals(NamedTuple):
@@ -150,6 +166,7 @@ def keep(
     batches: Sequence[Iterable[Mapping[str, np.ndarray]]],
     counts: Sequence[int],
     *,
+    whiten: bool,
     devices: Devices,
 ) -> Normals:
     """Runs the trunk once over the training and the validation images.
@@ -159,14 +176,15 @@ def keep(
         trunk: its variables.
         batches: of each split, with `image`, `index` and `valid`.
         counts: images in each.
+        whiten: see `channel_statistics`.
         devices: to split batches over.
     """
     extractor = _make_raw_extractor(pyramid, trunk, devices)
     kept = [extract(extractor, *split) for split in zip(batches, counts, strict=True)]
-    statistics = channel_statistics(kept[0][0])
+    statistics = channel_statistics(kept[0][0], whiten=whiten)
     for raw, _ in kept:  # in place: features may be most of the memory
-        raw -= statistics.mean
-        raw /= statistics.std
+        for image in raw:
+            image[...] = statistics.standardize(image)
     return Normals(*(Kept(*pair) for pair in kept), statistics)
 
 
@@ -177,6 +195,7 @@ def stream(
     counts: Sequence[int],
     *,
     image_size: tuple[int, int],
+    whiten: bool,
     devices: Devices,
 ) -> Normals:
     """As `keep`, but keeps images alone: every batch asked for runs the trunk.
@@ -189,6 +208,7 @@ def stream(
         batches: of each split, with `image`, `index` and `valid`.
         counts: images in each.
         image_size: (height, width) of the images.
+        whiten: see `channel_statistics`.
         devices: to split batches over.
     """
     raw_extractor = _make_raw_extractor(pyramid, trunk, devices)
@@ -201,7 +221,7 @@ def stream(
             _put(train, batch, batch["image"])
             yield from raw_extractor(batch["image"])[batch["valid"]]
 
-    statistics = channel_statistics(run_trunk())
+    statistics = channel_statistics(run_trunk(), whiten=whiten)
     for batch in batches[1]:
         _put(validation, batch, batch["image"])
     extractor = make_extractor(pyramid, trunk, statistics, devices)
@@ -239,7 +259,7 @@ def extract(
 
 
 def channel_statistics(
-    features: Iterable[Float[np.ndarray, "h w c"]],
+    features: Iterable[Float[np.ndarray, "h w c"]], *, whiten: bool = False
 ) -> ChannelStatistics:
     """Statistics over every position of every image, with sums in float64.
 
@@ -248,18 +268,30 @@ def channel_statistics(
 
     Args:
         features: raw, of one image after the other; at least one.
+        whiten: whether to decorrelate the scaled channels, too, by the inverse square
+            root of their correlations (ZCA-cor whitening, Kessy et al., "Optimal
+            Whitening and Decorrelation", The American Statistician 2018).
     """
-    count, total, squares = 0, 0.0, 0.0
+    count, total, squares, products = 0, 0.0, 0.0, 0.0
     for image in features:
         flat = image.reshape(-1, image.shape[-1]).astype(np.float64)
         count += len(flat)
         total += flat.sum(0)
         squares += np.square(flat).sum(0)
+        if whiten:
+            products += flat.T @ flat
     mean, mean_square = total / count, squares / count
     variance = mean_square - np.square(mean)
     dead = variance <= DEAD_CHANNEL * mean_square
     std = np.sqrt(np.where(dead, 1.0, variance))
-    return ChannelStatistics(mean.astype(np.float32), std.astype(np.float32))
+    statistics = ChannelStatistics(mean.astype(np.float32), std.astype(np.float32))
+    if not whiten:
+        return statistics
+    covariance = products / count - np.outer(mean, mean)
+    variances, directions = np.linalg.eigh(covariance / np.outer(std, std))
+    scales = np.maximum(variances, LEAST_VARIANCE) ** -0.5
+    whitening = (directions * scales) @ directions.T
+    return statistics.replace(whitening=whitening.astype(np.float32))
 
 
 def count_bytes(count: int, image_size: tuple[int, int]) -> int:

@@ -113,7 +113,8 @@ def _first_batch(
     extractor = features.make_extractor(training.make_pyramid(config), trunk.variables)
     with contextlib.closing(first.batches(size)) as batches:
         raw, image = features.extract(extractor, batches, size)
-    return features.channel_statistics(raw).standardize(raw), image
+    statistics = features.channel_statistics(raw, whiten=config.trunk.whiten)
+    return statistics.standardize(raw), image
 
 
 def _run_networks(

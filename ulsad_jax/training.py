@@ -212,7 +212,7 @@ def model_tree(
     variables: Mapping[str, Any], statistics: ChannelStatistics
 ) -> dict[str, Any]:
     """The checkpoint item that evaluation reads."""
-    return {
-        "variables": dict(variables),
-        "channels": {"mean": statistics.mean, "std": statistics.std},
-    }
+    channels = {"mean": statistics.mean, "std": statistics.std}
+    if statistics.whitening is not None:
+        channels["whitening"] = statistics.whitening
+    return {"variables": dict(variables), "channels": channels}

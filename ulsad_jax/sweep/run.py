@@ -231,7 +231,9 @@ def _train_wave(
     with contextlib.ExitStack() as stack:
         for job, own in zip(jobs, numbers, strict=True):
             writer, store = stack.enter_context(job.run.open())
-            normals = sources[job.source[0]].part(job.data)
+            normals = sources[job.source[0]].part(
+                job.data, whiten=job.member.config.trunk.whiten
+            )
             member = job.run.make_trainer(
                 wave.MemberTrainer, normals, loss_fn, store, writer, own["losses"]
             )

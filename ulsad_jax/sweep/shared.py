@@ -88,13 +88,15 @@ class Source:
         paths = [record.image for split in splits for record in split.records]
         self._row: dict[Path, int] = {path: row for row, path in enumerate(paths)}
 
-    def part(self, data: Category) -> features.Normals:
+    def part(self, data: Category, *, whiten: bool) -> features.Normals:
         """What a member trains and validates on."""
         train, validation = (
             np.array([self._row[record.image] for record in split.records])
             for split in (data.train, data.validation)
         )
-        statistics = features.channel_statistics(self._raw[row] for row in train)
+        statistics = features.channel_statistics(
+            (self._raw[row] for row in train), whiten=whiten
+        )
         return features.Normals(
             Rows(self._raw, self._images, train, statistics),
             Rows(self._raw, self._images, validation, statistics),

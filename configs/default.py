@@ -62,7 +62,7 @@ def get_config(category: str = "all") -> ConfigDict:
     # Whose outputs are the features: "layer2+layer3" as published, "layer2", "layer3".
     trunk.layers = "layer2+layer3"
     # Whether features are decorrelated over the training images, not only scaled to
-    # unit variance as published.
+    # unit variance as published. The built-in trunk needs it.
     trunk.whiten = False
 
     config.model = model = ConfigDict()

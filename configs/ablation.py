@@ -13,15 +13,15 @@ TERMS = ("local", "attention", "consistency")
 def get_config(base: str = "quickstart") -> ConfigDict:
     """Returns one variant for each thing that the paper varies, with three seeds.
 
-    Fusions are compared in every variant; features are whitened in one alone. DFR is
-    the local term alone without cosine; its maps are the local ones.
+    Fusions are compared in every variant; features are whitened in all but one where
+    the trunk is built in. DFR is the local term alone without cosine; its maps are the
+    local ones.
 
     Args:
         base: see configs/sweep.py.
     """
     config = sweep.get_config(base)
     config.sweep.fusions = True
-    config.trunk.whiten = False
     config.evaluation.original_resolution = False
     config.evaluation.pictures_per_type = 2
     variants = {
@@ -37,7 +37,6 @@ def get_config(base: str = "quickstart") -> ConfigDict:
         "no_consistency": {"losses": {"consistency": {"weight": 0.0}}},
         "layer2": {"trunk": {"layers": "layer2"}},
         "layer3": {"trunk": {"layers": "layer3"}},
-        "whitened": {"trunk": {"whiten": True}},
         "random_trunk": {"trunk": {"source": "random"}},
         "identity_output": {"model": {"output_activation": "identity"}},
     }
@@ -48,5 +47,8 @@ def get_config(base: str = "quickstart") -> ConfigDict:
         for name, repository in TRUNKS.items():
             trunk = {"architecture": name, "repository": repository}
             variants[f"trunk_{name}"] = {"trunk": trunk}
+    if config.trunk.source == "builtin":
+        variants["not_whitened"] = {"trunk": {"whiten": "never"}}
+        variants["random_trunk"]["trunk"]["whiten"] = "always"
     config.sweep.variants = ConfigDict(variants)
     return config

@@ -62,8 +62,9 @@ def get_config(category: str = "all") -> ConfigDict:
     # Whose outputs are the features: "layer2+layer3" as published, "layer2", "layer3".
     trunk.layers = "layer2+layer3"
     # Whether features are decorrelated over the training images, not only scaled to
-    # unit variance as published. The built-in trunk needs it.
-    trunk.whiten = False
+    # unit variance as published: "always", "never", or "auto", with the built-in trunk,
+    # which needs it.
+    trunk.whiten = "auto"
 
     config.model = model = ConfigDict()
     # Channels of the local reconstructor's narrowest grid: 1536 is 65 M parameters.

@@ -12,7 +12,6 @@ def get_config(category: str = "assembly") -> ConfigDict:
     config.image_size = (128, 128)
     config.trunk.architecture = "resnet18"
     config.trunk.source = "builtin"
-    config.trunk.whiten = True
     config.model.local_width = 384
     config.train.num_epochs = 20
     config.evaluation.batch_size = 16

@@ -30,7 +30,7 @@ WRONG = {
     "trunk.architecture": ("resnet152",),
     "trunk.source": ("timm",),
     "trunk.layers": ("layer4", "layer3+layer2"),
-    "trunk.whiten": (1, "zca"),
+    "trunk.whiten": (True, "zca"),
     "model.local_width": (0, 6, 8.0),
     "model.output_activation": ("gelu",),
     "optimizer.learning_rate": (0.0, -1e-3, float("nan"), "fast"),
@@ -191,3 +191,18 @@ def test_command_line_that_does_not_fit(tmp_path, flag, expected):
         expected in done.stderr
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "whiten", "expected"),
+    [
+        ("builtin", "auto", True),
+        ("hub", "auto", False),
+        ("random", "auto", False),
+        ("random", "always", True),
+        ("builtin", "never", False),
+    ],
+)
+def test_built_in_trunk_is_whitened_by_itself(source, whiten, expected):
+    config = make_config(**{"trunk.source": source, "trunk.whiten": whiten})
+    assert config_lib.whitens(config) == expected

@@ -187,7 +187,7 @@ def test_weights_alone(finished, data, images, tmp_path, whiten):
     workdir, path = finished.workdir, tmp_path / "bottle.safetensors"
     if whiten:
         workdir = tmp_path / "whitened"
-        runs.train(runs.make_config(data, {"trunk.whiten": True}), workdir)
+        runs.train(runs.make_config(data, {"trunk.whiten": "always"}), workdir)
     export.main([f"--workdir={workdir}", f"--output={path}", "--weights"])
     metadata, weights = artifact.read_weights(path)
     assert (weights.statistics.whitening is not None) == whiten

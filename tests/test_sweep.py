@@ -336,7 +336,7 @@ def test_variants_of_other_programs_and_fusions(data, tmp_path):
         "full": {},
         "dfr": {"losses": {"attention": {"weight": 0.0}}},
         "layer2": {"trunk": {"layers": "layer2"}},
-        "whitened": {"trunk": {"whiten": True}},
+        "whitened": {"trunk": {"whiten": "always"}},
         "identity": {"model": {"output_activation": "identity"}},
     }
     config = make_config(data, {}, variants=variants, category="cable")
@@ -364,7 +364,7 @@ def test_variants_of_other_programs_and_fusions(data, tmp_path):
 
 def test_whitened_member_is_its_lone_run(data, tmp_path):
     """Beside a member that shares its images' features and does not whiten them."""
-    variants = {"scaled": {}, "whitened": {"trunk": {"whiten": True}}}
+    variants = {"scaled": {}, "whitened": {"trunk": {"whiten": "always"}}}
     config = make_config(data, {}, variants=variants, category="bottle")
     config.train.num_epochs = 1
     sweep.train(config, tmp_path / "swept")

@@ -344,7 +344,7 @@ class CategoryRun:
         allowed = self._config.train.feature_memory * features.host_bytes()
         told = f"features of {sum(counts)} images: {needed / 2**20:.0f} MiB of memory"
         what = self._pyramid, self._trunk.variables, batches, counts
-        how = {"whiten": self._config.trunk.whiten, "devices": self._devices}
+        how = {"whiten": config_lib.whitens(self._config), "devices": self._devices}
         if needed <= allowed:
             writer.say(told)
             return features.keep(*what, **how)

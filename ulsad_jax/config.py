@@ -20,6 +20,7 @@ from ulsad_jax.pretrained import BUILTIN_ARCHITECTURE
 
 BEST_TEST_AUROC = "best_test_auroc"
 SELECTIONS = ("last", "best_validation_loss", BEST_TEST_AUROC)
+WHITEN = ("auto", "always", "never")
 # Fields that may change between two commands on one work directory: they leave what
 # was already trained as it is.
 FREE_FIELDS = (
@@ -80,7 +81,7 @@ _RULES = {
     "trunk.architecture": _one_of(*ARCHITECTURES),
     "trunk.source": _one_of("builtin", "hub", "file", "random"),
     "trunk.layers": _one_of(*LAYERS),
-    "trunk.whiten": _BOOLEAN,
+    "trunk.whiten": _one_of(*WHITEN),
     "model.local_width": _Rule(
         lambda v: isinstance(v, int) and v >= 4 and v % 4 == 0,
         "a multiple of 4 from 4 up",
@@ -137,6 +138,13 @@ def validate(config: ConfigDict) -> None:
             "Expected config.trunk.path to name a file, as config.trunk.source is "
             '"file", found nothing. Set it with --config.trunk.path=...'
         )
+
+
+def whitens(config: ConfigDict) -> bool:
+    """Whether the features are whitened: see `config.trunk.whiten`."""
+    if config.trunk.whiten == "auto":
+        return config.trunk.source == "builtin"
+    return config.trunk.whiten == "always"
 
 
 def save(config: ConfigDict, path: Path) -> None:

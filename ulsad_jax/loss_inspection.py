@@ -113,7 +113,7 @@ def _first_batch(
     extractor = features.make_extractor(training.make_pyramid(config), trunk.variables)
     with contextlib.closing(first.batches(size)) as batches:
         raw, image = features.extract(extractor, batches, size)
-    statistics = features.channel_statistics(raw, whiten=config.trunk.whiten)
+    statistics = features.channel_statistics(raw, whiten=config_lib.whitens(config))
     return statistics.standardize(raw), image
 
 

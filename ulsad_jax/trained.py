@@ -207,7 +207,7 @@ def _abstract_model(config: ConfigDict, sharding: jax.sharding.Sharding | None) 
     statistics = features.ChannelStatistics(
         *(jax.ShapeDtypeStruct(channels, jnp.float32),) * 2,
         jax.ShapeDtypeStruct(channels * 2, jnp.float32)
-        if config.trunk.whiten
+        if config_lib.whitens(config)
         else None,
     )
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -232,7 +232,7 @@ def _train_wave(
         for job, own in zip(jobs, numbers, strict=True):
             writer, store = stack.enter_context(job.run.open())
             normals = sources[job.source[0]].part(
-                job.data, whiten=job.member.config.trunk.whiten
+                job.data, whiten=config_lib.whitens(job.member.config)
             )
             member = job.run.make_trainer(
                 wave.MemberTrainer, normals, loss_fn, store, writer, own["losses"]

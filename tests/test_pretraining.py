@@ -10,7 +10,7 @@ from safetensors import safe_open
 from configs import pretrain
 from ulsad_jax import pretrained
 from ulsad_jax.errors import Interrupted, UserError
-from ulsad_jax.pretraining import loop, objectives, scenes, shapes, textures, views
+from ulsad_jax.pretraining import loop, objectives, scenes, shapes, views
 
 TINY = {
     "scenes.count": 64,
@@ -66,21 +66,6 @@ def test_scenes_are_varied_and_labelled(drawn):
     assert len(np.unique(drawn.shape)) > 20
     assert drawn.shape.max() < scenes.SHAPES
     assert 0.05 < np.mean(drawn.shape > 0) < 0.7
-
-
-def test_cells_have_a_tone_each():
-    """64 pixels are a cell: as many tones as cells, and dark gaps around them."""
-    texture = textures.make_class(jax.random.key(0))._replace(
-        cell=jnp.eye(2) / 8, gap=jnp.array(0.2), shade=jnp.zeros(2)
-    )
-    axis = jnp.arange(128.0)
-    place = jnp.stack(jnp.meshgrid(axis, axis), -1)
-    value = textures._draw_cells(texture, jax.random.key(1), place)
-    tones, pixels = np.unique(np.round(value, 4), return_counts=True)
-    cells = tones[pixels > 9]
-    assert 180 < len(cells) < 300
-    assert cells.min() > 0.19 and cells.max() < 0.91
-    assert 0.05 < np.mean(np.asarray(value) < 0.2) < 0.4
 
 
 def test_signed_distance_of_a_disc():

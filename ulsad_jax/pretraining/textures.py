@@ -1,4 +1,4 @@
-"""Texture classes: sums of waves, lattices of elements, and cells, from formulas.
+"""Texture classes: sums of waves and lattices of elements, each from a formula.
 
 A class fixes the formula's parameters; an instance of it varies place, phase, and, a
 little, direction and scale.
@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from ulsad_jax.pretraining.shapes import rotation
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -39,10 +36,6 @@ class Texture(NamedTuple):
         norm: of the element: 1 a diamond, 2 an ellipse, 3 a box.
         irregularity: how far elements are off their places, in periods.
         lattice: weight of the lattice against the waves.
-        cell: [2, 2] maps pixels to cells of unit side: grains, stones, blades.
-        gap: width of the dark gaps between cells, in cells.
-        shade: [2] how a cell's tone changes across it, as on a rounded stone.
-        cells: weight of the cells against the rest.
         grain: deviation of white noise.
     """
 
@@ -58,10 +51,6 @@ class Texture(NamedTuple):
     norm: jax.Array
     irregularity: jax.Array
     lattice: jax.Array
-    cell: jax.Array
-    gap: jax.Array
-    shade: jax.Array
-    cells: jax.Array
     grain: jax.Array
 
 
@@ -112,10 +101,6 @@ def make_class(key: jax.Array) -> Texture:
     axis = jnp.stack([jnp.cos(turn), jnp.sin(turn)])
     frequency -= (1 - 1 / stretch) * (frequency @ axis)[:, None] * axis
     side = log_uniform(5.0, 22.0)
-    turned = uniform(0, jnp.pi)
-    long = 1 + 5 * chance(0.4) * uniform()
-    width = log_uniform(4.0, 16.0)
-    cell = rotation(turned) / (width * jnp.stack([long, jnp.ones(())]))
     return Texture(
         frequency=frequency,
         amplitude=amplitude / jnp.sqrt(jnp.square(amplitude).sum() / 2),
@@ -129,10 +114,6 @@ def make_class(key: jax.Array) -> Texture:
         norm=jax.random.choice(next(keys), jnp.array([1, 2, 2, 3, 3])),
         irregularity=0.25 * chance(0.4) * uniform(),
         lattice=jax.random.choice(next(keys), jnp.array([0.0, 0.0, 0.0, 0.5, 1.0])),
-        cell=cell,
-        gap=log_uniform(0.03, 0.3),
-        shade=uniform(-0.8, 0.8, (2,)) * chance(0.6),
-        cells=jax.random.choice(next(keys), jnp.array([0.0, 0.0, 0.6, 1.0])),
         grain=0.12 * uniform() ** 2,
     )
 
@@ -147,10 +128,11 @@ def draw(
         key: decides the instance.
         place: coordinates of the pixels, in pixels.
     """
-    keys = jax.random.split(key, 7)
+    keys = jax.random.split(key, 6)
     angle = 0.12 * jax.random.normal(keys[0])
     scale = jnp.exp(0.1 * jax.random.normal(keys[1]))
-    place = place / scale @ rotation(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    place = place / scale @ jnp.array([[cos, -sin], [sin, cos]])
     place += jax.random.uniform(keys[2], (2,), maxval=100.0)
     phase = jax.random.uniform(keys[3], (WAVES,)) * texture.random_phase
     waves = jnp.zeros(place.shape[:-1])
@@ -161,7 +143,6 @@ def draw(
     waves = jnp.where(texture.fold > 0, jnp.abs(waves) * 1.7 - 1.2, waves)
     waves = jax.nn.sigmoid(texture.sharpness * (waves - texture.level))
     mixed = waves + texture.lattice * (_draw_lattice(texture, keys[4], place) - waves)
-    mixed += texture.cells * (_draw_cells(texture, keys[6], place) - mixed)
     return mixed + texture.grain * jax.random.normal(keys[5], mixed.shape)
 
 
@@ -173,7 +154,8 @@ def _draw_lattice(
     column = cell[..., 0] + texture.stagger * (row % 2)
     within = jnp.stack([column % 1, cell[..., 1] % 1], -1) - 0.5
     seed = jax.random.uniform(key, (2,), minval=1.0, maxval=2.0)
-    noise = _noise(jnp.floor(column), row, seed)
+    noise = jnp.floor(column)[..., None] * 12.9898 * seed + row[..., None] * 78.233
+    noise = (jnp.sin(noise) * 43758.5453) % 1  # one number a cell and axis
     within = (within + texture.irregularity * (noise - 0.5)) / texture.element
     x, y = jnp.abs(within[..., 0]), jnp.abs(within[..., 1])
     size = jnp.select(
@@ -184,37 +166,6 @@ def _draw_lattice(
     pixels = (1 - size) * (texture.element * texture.period).min()
     tone = 1 - 2 * texture.irregularity * noise[..., 0]
     return tone * jax.nn.sigmoid(3 * pixels)
-
-
-def _draw_cells(
-    texture: Texture, key: jax.Array, place: Float[Array, "h w 2"]
-) -> Float[Array, "h w"]:
-    """Cellular noise (Worley, SIGGRAPH 1996): each cell has a tone and a shade."""
-    at = place @ texture.cell
-    corner = jnp.floor(at)
-    seed = jax.random.uniform(key, (2,), minval=1.0, maxval=2.0)
-    nearest = second = jnp.full(place.shape[:2], jnp.inf)
-    tone = jnp.zeros(place.shape[:2])
-    for step in np.ndindex(3, 3):
-        cell = corner + jnp.array(step) - 1.0
-        noise = _noise(cell[..., 0], cell[..., 1], seed)
-        away = at - cell - noise
-        distance = jnp.sqrt(jnp.square(away).sum(-1))
-        is_nearest = distance < nearest
-        second = jnp.where(is_nearest, nearest, jnp.minimum(second, distance))
-        nearest = jnp.where(is_nearest, distance, nearest)
-        random = (noise[..., 0] * 7.13 + noise[..., 1] * 3.71) % 1
-        tone = jnp.where(is_nearest, 0.2 + 0.7 * random + away @ texture.shade, tone)
-    gap = jnp.clip((second - nearest) / texture.gap, 0, 1)
-    return jnp.clip(tone, 0, 1) * gap
-
-
-def _noise(
-    column: Float[Array, "h w"], row: Float[Array, "h w"], seed: Float[Array, "2"]
-) -> Float[Array, "h w 2"]:
-    """Two numbers in 0..1 for every cell, the same at all of its pixels."""
-    noise = column[..., None] * 12.9898 * seed + row[..., None] * 78.233
-    return (jnp.sin(noise) * 43758.5453) % 1
 
 
 def _cosine(turns: Float[Array, "..."]) -> Float[Array, "..."]:

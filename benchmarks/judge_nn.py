@@ -17,7 +17,7 @@ def make_measure(*, pool: bool, whiten: bool):
 
     Args:
         pool: whether to average features over 3 x 3 positions.
-        whiten: as `config.trunk.whiten`.
+        whiten: whether features are whitened, whatever the trunk.
     """
     apply = jax.jit(FeaturePyramid("resnet18").apply)
 

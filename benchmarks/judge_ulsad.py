@@ -18,7 +18,7 @@ def make_measure(*, epochs: int, seeds: list[int], size: int, whiten: bool):
         epochs: of training.
         seeds: of initial weights and order; results are averaged over them.
         size: side of the images in pixels.
-        whiten: as `config.trunk.whiten`.
+        whiten: whether features are whitened, whatever the trunk.
     """
     config = quickstart.get_config()
     config.train.num_epochs = epochs

@@ -45,7 +45,7 @@ def get_config(base: str = "quickstart") -> ConfigDict:
         variants[f"lambda_{name}"] = {"losses": losses}
     if config.trunk.source == "hub":
         for name, repository in TRUNKS.items():
-            trunk = {"architecture": name, "repository": repository}
+            trunk = {"source": "hub", "architecture": name, "repository": repository}
             variants[f"trunk_{name}"] = {"trunk": trunk}
     if config.trunk.source == "builtin":
         variants["not_whitened"] = {"trunk": {"whiten": "never"}}

@@ -1,4 +1,4 @@
-"""Every field, with the published system's value as its default."""
+"""Every field; the defaults are the published system, with ImageNet's trunk."""
 
 from ml_collections import ConfigDict
 
@@ -38,7 +38,7 @@ def get_config(category: str = "all") -> ConfigDict:
     dataset.category = category
     # Share of the training normals held out where there is no validation split.
     dataset.validation_fraction = 0.1
-    # Where prepared data sets are kept; safe to delete.
+    # Where prepared and drawn data sets and compiled programs are kept; safe to delete.
     dataset.cache_dir = "~/.cache/ulsad_jax"
     # What is drawn when `name` is "synthetic" and the category is not there yet.
     dataset.synthetic = ConfigDict()
@@ -62,8 +62,8 @@ def get_config(category: str = "all") -> ConfigDict:
     # Whose outputs are the features: "layer2+layer3" as published, "layer2", "layer3".
     trunk.layers = "layer2+layer3"
     # Whether features are decorrelated over the training images, not only scaled to
-    # unit variance as published: "always", "never", or "auto", with the built-in trunk,
-    # which needs it.
+    # unit variance as published: "always", "never", or "auto", which is always with the
+    # built-in trunk, because it needs that, and never with others.
     trunk.whiten = "auto"
 
     config.model = model = ConfigDict()

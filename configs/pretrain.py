@@ -1,4 +1,4 @@
-"""The recipe of the built-in trunk: an hour on two CPU cores."""
+"""The recipe of the built-in trunk: half an hour on two CPU cores."""
 
 from ml_collections import ConfigDict
 

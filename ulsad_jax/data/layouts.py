@@ -52,13 +52,13 @@ def find_categories(name: str, root: Path) -> list[str]:
         raise UserError(
             f"Expected the data root of {name!r} to be a "
             f"{'CSV file' if is_table else 'folder'}, found {found}: {root}. Correct "
-            "the path, or get the data (README, section Data)."
+            "the path, or get the data (README, section Real data)."
         )
     found = LAYOUTS[name].categories(root)
     if not found:
         raise UserError(
             f"Expected categories of {name!r} in {root}, found none. Give the folder "
-            "that holds the categories' folders, unpacked (README, section Data)."
+            "that holds the categories' folders, unpacked (README, section Real data)."
         )
     return found
 

@@ -107,7 +107,7 @@ def check(records: Sequence[Record], where: Path) -> list[Record]:
     if not any(r.split == TRAIN for r in records):
         raise UserError(
             f"Expected normal training images under {where}, found none. Check the "
-            "folder's layout (README, section Data) and that the archive was "
+            "folder's layout (README, section Real data) and that the archive was "
             f"unpacked whole. Image files end in {', '.join(IMAGE_SUFFIXES)}."
         )
     seen: dict[tuple[str, str], Record] = {}

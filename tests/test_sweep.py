@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from configs import sweep as sweep_config
 from tests import runs
-from ulsad_jax import training
+from ulsad_jax import pretrained, training
 from ulsad_jax.errors import Interrupted, UserError
 from ulsad_jax.losses import make_loss_fn
 from ulsad_jax.sweep import grid, memory, summary, wave
@@ -362,12 +362,17 @@ def test_variants_of_other_programs_and_fusions(data, tmp_path):
             assert found == pytest.approx(auroc, abs=1e-6)
 
 
-def test_whitened_member_is_its_lone_run(data, tmp_path):
+def test_whitened_member_is_its_lone_run(data, tmp_path, monkeypatch):
     """Beside a member that shares its images' features and does not whiten them."""
+    loaded, load = [], pretrained.load_trunk
+    monkeypatch.setattr(
+        pretrained, "load_trunk", lambda **how: loaded.append(how) or load(**how)
+    )
     variants = {"scaled": {}, "whitened": {"trunk": {"whiten": "always"}}}
     config = make_config(data, {}, variants=variants, category="bottle")
     config.train.num_epochs = 1
     sweep.train(config, tmp_path / "swept")
+    assert len(loaded) == 1
     losses = {}
     for name, fields in variants.items():
         lone = runs.make_config(data, SHORT | {"train.num_epochs": 1})

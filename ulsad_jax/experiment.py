@@ -7,6 +7,7 @@ import json
 import math
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -145,10 +146,16 @@ def open_data(config: ConfigDict, category: str) -> Category:
 
 def load_trunk(config: ConfigDict) -> pretrained.Trunk:
     """The trunk that a config describes."""
+    return pretrained.load_trunk(**trunk_fields(config))
+
+
+def trunk_fields(config: ConfigDict) -> dict[str, Any]:
+    """What decides a trunk, as `pretrained.load_trunk` takes it."""
     fields = config.trunk.to_dict()
     for name in ("layers", "whiten"):  # of its features: it is loaded whole
         fields.pop(name)
-    return pretrained.load_trunk(**fields, seed=config.seed)
+    is_drawn = config.trunk.source == "random"
+    return fields | {"seed": config.seed if is_drawn else 0}
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:

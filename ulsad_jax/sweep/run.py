@@ -143,8 +143,7 @@ def _open(members: Sequence[grid.Member], workdir: Path) -> list[Job]:
     jobs = []
     for member, folder in zip(members, folders, strict=True):
         config, category = member.config, member.category
-        is_drawn = config.trunk.source == "random"  # from the seed
-        key = str(config.trunk), config.seed if is_drawn else None
+        key = str(experiment.trunk_fields(config))
         if key not in trunks:
             trunks[key] = experiment.load_trunk(config)
         trunk = trunks[key]

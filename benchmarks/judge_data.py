@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import photo_defects
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from jaxtyping import Bool, UInt8
 
 GOOD = "good"
@@ -25,8 +26,8 @@ class Counts(NamedTuple):
         train: normal, to train on.
         validation: normal, to calibrate ULSAD on.
         good: normal test images.
-        anomalous: test images of each type of photographs' defects; scenes have
-            three times as many of each of their two types.
+        anomalous: test images of each type of drawn defects; scenes have three times
+            as many of each of their two types.
         tiles: of magnetic tiles, at most twice as many are trained on, and at most
             so many of each type are tested; 0 takes all.
     """
@@ -60,16 +61,18 @@ class Category(NamedTuple):
     has_mask: Bool[np.ndarray, " m"]
 
 
-def open_photos(seed: int, size: int, counts: Counts) -> Iterator[Category]:
-    """Every category of `photo_defects`."""
-    for name in photo_defects.CATEGORIES:
+def open_drawn(
+    source: ModuleType, seed: int, size: int, counts: Counts
+) -> Iterator[Category]:
+    """Every category of `source`: `photo_defects` or `surface_defects`."""
+    for name in source.CATEGORIES:
 
         def draw(split: str, type: str, i: int, name=name):
-            return photo_defects.draw_sample(
+            return source.draw_sample(
                 name, seed=seed, split=split, type=type, i=i, size=size
             )
 
-        anomalous = dict.fromkeys(photo_defects.TYPES, counts.anomalous)
+        anomalous = dict.fromkeys(source.TYPES, counts.anomalous)
         yield _draw_category(name, draw, anomalous, counts)
 
 

@@ -3,12 +3,12 @@
     python benchmarks/judge_trunk.py --trunks=random:0,trunk.safetensors \
         --datasets=photos,scenes --measure=nn --seeds=0 --output=judged.json
 
-The data sets: `photos` (`photo_defects.py`), `scenes` (drawn trays) and `tiles`
-(Magnetic Tile Defects, at --magnetic_tile). Choose a trunk with seed 0, and report on
-other seeds and on the tiles. The measures: `nn`, the largest distance of a test
-patch's features to the nearest training patch; `ulsad`, the system trained on top.
-Both give image AUROC by type, averaged over categories and seeds; `ulsad` also pixel
-AUROC.
+The data sets: `photos` (`photo_defects.py`), `surfaces` (`surface_defects.py`),
+`scenes` (drawn trays) and `tiles` (Magnetic Tile Defects, at --magnetic_tile). Choose
+a trunk with seed 0, and report on other seeds and on the tiles. The measures: `nn`,
+the largest distance of a test patch's features to the nearest training patch; `ulsad`,
+the system trained on top. Both give image AUROC by type, averaged over categories and
+seeds; `ulsad` also pixel AUROC.
 """
 
 import json
@@ -80,6 +80,7 @@ def open_dataset(name: str, seed: int) -> list:
     """The categories of a data set."""
     import judge_data
     import photo_defects
+    import surface_defects
 
     from ulsad_jax.data.synthetic import GENERATOR_VERSION
     from ulsad_jax.errors import UserError
@@ -88,18 +89,20 @@ def open_dataset(name: str, seed: int) -> list:
         _TRAIN.value, _VALIDATION.value, _GOOD.value, _ANOMALOUS.value, _TILES.value
     )
     size, root = _SIZE.value, _MAGNETIC_TILE.value
-    if name == "photos":
-        found = judge_data.open_photos(seed, size, counts)
+    drawn = {"photos": photo_defects, "surfaces": surface_defects}
+    if name in drawn:
+        found = judge_data.open_drawn(drawn[name], seed, size, counts)
     elif name == "scenes":
         found = judge_data.open_scenes(seed, size, counts)
     elif name == "tiles" and root:
         found = judge_data.open_tiles(root, seed, size, counts)
     else:
         raise UserError(
-            "Expected --datasets of photos, scenes and tiles, and for tiles "
+            "Expected --datasets of photos, surfaces, scenes and tiles, and for tiles "
             f"--magnetic_tile=<folder>, found {name!r}. Name others, or the folder."
         )
-    version = {"photos": photo_defects.VERSION, "scenes": GENERATOR_VERSION}.get(name)
+    versions = {source: module.VERSION for source, module in drawn.items()}
+    version = (versions | {"scenes": GENERATOR_VERSION}).get(name)
     key = [name, version, seed, size, counts, root if name == "tiles" else ""]
     return judge_data.keep(found, Path(_CACHE.value).expanduser(), key)
 

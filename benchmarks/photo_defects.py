@@ -20,6 +20,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from jaxtyping import Bool, Float, UInt8
 
 # Side of a tile in pixels of the photograph.
@@ -62,8 +64,27 @@ def draw_sample(category: str, *, seed: int, split: str, type: str, i: int, size
         i: the tile's number.
         size: side of the tile in pixels.
     """
-    rng = _generator(seed, f"{category}/{split}/{type}/{i}")
+    rng = generator(seed, f"{category}/{split}/{type}/{i}")
     sound = _cut(category, seed, split, size, rng)
+    image, mask = add_defect(sound, category, type, rng)
+    return Sample(_photograph(image, rng), mask)
+
+
+def add_defect(
+    sound: Float[np.ndarray, "h w 3"],
+    category: str,
+    type: str,
+    rng: np.random.Generator,
+) -> tuple[Float[np.ndarray, "h w 3"], Bool[np.ndarray, "h w"]]:
+    """An image, 0..255, with a defect that can be seen, and the defect's pixels.
+
+    Args:
+        sound: the image before.
+        category: one of `CATEGORIES` where something is transplanted.
+        type: `GOOD`, which changes nothing, or one of `TYPES`.
+        rng: decides the defect.
+    """
+    size = len(sound)
     image, mask = sound, np.zeros((size, size), bool)
     while type != GOOD:
         image, alpha = _DEFECTS[type](sound, category, rng)
@@ -72,10 +93,11 @@ def draw_sample(category: str, *, seed: int, split: str, type: str, i: int, size
         enough = mask.sum() >= LEAST_PIXELS * (size / 128) ** 2
         if enough and change[mask].mean() >= LEAST_CHANGE:
             break
-    return Sample(_photograph(image, rng), mask)
+    return image, mask
 
 
-def _generator(seed: int, name: str) -> np.random.Generator:
+def generator(seed: int, name: str) -> np.random.Generator:
+    """Random numbers of a thing's own, by its name."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
@@ -103,7 +125,7 @@ def _cut(
     photo = _photo(category, size)
     if not _is_texture(category):
         return _place(photo, _region(category, seed, size), size, rng)
-    design = _generator(seed, category)
+    design = generator(seed, category)
     if design.random() < 0.5:  # which axis is split
         photo = photo.swapaxes(0, 1)
     if design.random() < 0.5:  # which side trains
@@ -117,7 +139,7 @@ def _cut(
 def _region(category: str, seed: int, size: int) -> tuple[int, int]:
     """(top, left) of an object's region, which is not dull."""
     photo = _photo(category, size)
-    rng = _generator(seed, category)
+    rng = generator(seed, category)
     margin = _margin(size)
     best = (-1.0, (0, 0))
     for _ in range(50):
@@ -252,13 +274,21 @@ def _mix(under, over, alpha):
     return under + (over - under) * alpha[..., None]
 
 
-def draw_sheet(seed: int, size: int) -> Image.Image:
-    """Two training tiles, then two of each type, outlined below; a row a category."""
+def draw_sheet(source: ModuleType, *, seed: int, size: int) -> Image.Image:
+    """Two training tiles, then two of each type, outlined below; a row a category.
+
+    Args:
+        source: this module, or another with `draw_sample`, `CATEGORIES` and `TYPES`.
+        seed: see `draw_sample`.
+        size: see `draw_sample`.
+    """
     rows = []
-    for category in CATEGORIES:
-        draw = functools.partial(draw_sample, category, seed=seed, size=size)
+    for category in source.CATEGORIES:
+        draw = functools.partial(source.draw_sample, category, seed=seed, size=size)
         samples = [draw(split="train", type=GOOD, i=i) for i in range(2)]
-        samples += [draw(split="test", type=t, i=i) for t in TYPES for i in range(2)]
+        samples += [
+            draw(split="test", type=t, i=i) for t in source.TYPES for i in range(2)
+        ]
         rows += [np.concatenate([s.image for s in samples], 1)]
         marked = []
         for image, mask in samples:
@@ -270,4 +300,5 @@ def draw_sheet(seed: int, size: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    draw_sheet(seed=int((sys.argv[2:] or ["0"])[0]), size=128).save(sys.argv[1])
+    seed = int((sys.argv[2:] or ["0"])[0])
+    draw_sheet(sys.modules[__name__], seed=seed, size=128).save(sys.argv[1])

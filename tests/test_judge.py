@@ -10,25 +10,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import judge_data
 import judge_nn
 import photo_defects
+import surface_defects
 
 COUNTS = judge_data.Counts(train=2, validation=1, good=2, anomalous=1, tiles=0)
 
 
-def draw(category, *, seed=0, split="test", type="good", i=0):
-    return photo_defects.draw_sample(
-        category, seed=seed, split=split, type=type, i=i, size=64
-    )
+DRAWN = [
+    (source, category, kind)
+    for source in (photo_defects, surface_defects)
+    for category in source.CATEGORIES
+    for kind in source.TYPES
+]
 
 
-@pytest.mark.parametrize("category", photo_defects.CATEGORIES)
-@pytest.mark.parametrize("kind", photo_defects.TYPES)
-def test_a_defect_is_small_and_depends_on_its_number_and_seed_alone(category, kind):
-    sample, again = (draw(category, type=kind, i=3) for _ in range(2))
+@pytest.mark.parametrize(("source", "category", "kind"), DRAWN)
+def test_a_defect_is_small_and_depends_on_its_number_and_seed_alone(
+    source, category, kind
+):
+    def draw(seed):
+        return source.draw_sample(
+            category, seed=seed, split="test", type=kind, i=3, size=64
+        )
+
+    sample, again = draw(0), draw(0)
     np.testing.assert_array_equal(sample.image, again.image)
     np.testing.assert_array_equal(sample.mask, again.mask)
     assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
     assert 0 < sample.mask.mean() < 0.08
-    assert (draw(category, type=kind, i=3, seed=1).mask != sample.mask).any()
+    assert (draw(1).mask != sample.mask).any()
+
+
+@pytest.mark.parametrize("category", surface_defects.CATEGORIES)
+def test_pieces_of_a_material_are_alike_but_not_the_same(category):
+    def draw(i):
+        return surface_defects.draw_sample(
+            category, seed=0, split="train", type="good", i=i, size=64
+        ).image
+
+    pieces = np.stack([draw(i) for i in range(4)]).astype(float)
+    colors = pieces.mean((1, 2))
+    assert (colors.std(0) < 0.35 * colors.mean(0)).all()  # light alone
+    centered = (pieces - colors[:, None, None]).mean(-1).reshape(4, -1)
+    assert np.abs(np.corrcoef(centered) - np.eye(4)).max() < 0.5  # another grain
 
 
 @pytest.mark.parametrize("category", ["brick", "grass", "gravel"])
@@ -58,7 +81,7 @@ def test_the_score_is_the_largest_distance_to_the_nearest_patch():
 
 
 def test_kept_categories_come_back_as_they_were(tmp_path):
-    drawn = list(judge_data.open_photos(5, 64, COUNTS))
+    drawn = list(judge_data.open_drawn(photo_defects, 5, 64, COUNTS))
     first = judge_data.keep(iter(drawn), tmp_path, ["photos"])
     second = judge_data.keep(iter([]), tmp_path, ["photos"])
     assert len(second) == len(drawn) == len(first)

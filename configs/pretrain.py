@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     # Weights of the losses; see ulsad_jax/pretraining/objectives.py.
     config.objectives = objectives = ConfigDict()
     objectives.contrast = 1.8
+    objectives.novelty = 2.0
     objectives.defects = 8.0
     # Of the contrast: lower looks at the most similar positions alone.
     config.temperature = 0.1

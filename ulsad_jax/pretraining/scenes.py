@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TEXTURES, CONTOURS, FRACTALS = 256, 160, 64  # classes
 SHAPES = 1 + CONTOURS + FRACTALS  # 0 is "no shape"
 LAYERS = 9  # shapes a scene, at most
+BARE = 0.2  # of the scenes have none: a material and no product
 CLASS_SEED = 2024  # of the classes: fixed, so that scene seeds draw the same classes
 
 
@@ -129,7 +130,7 @@ def _draw_scene(key: jax.Array, size: int, classes) -> Scene:
 
 
 def _plan(key: jax.Array, size: int) -> _Plan:
-    """Scattered shapes, or rows of equal ones as in an assembly."""
+    """Scattered shapes, or rows of equal ones as in an assembly, or a bare texture."""
     keys = jax.random.split(key, 12)
     scattered = jax.random.uniform(keys[0], (LAYERS, 2), maxval=size)
     columns = jax.random.randint(keys[1], (), 2, 5)
@@ -149,6 +150,7 @@ def _plan(key: jax.Array, size: int) -> _Plan:
     angle = jax.random.uniform(keys[7], (LAYERS,), maxval=2 * jnp.pi)
     texture = jax.random.randint(keys[8], (LAYERS,), 0, TEXTURES)
     share = jax.random.uniform(keys[9]) ** 0.7
+    share *= jax.random.uniform(keys[11]) > BARE
     return _Plan(
         present=(jax.random.uniform(keys[10], (LAYERS,)) < share).astype(jnp.float32),
         shape=jnp.where(ordered, shape[same], shape),

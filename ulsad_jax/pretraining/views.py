@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 SHIFT = 3  # pixels between the views, at most
+DEFECTS = 3  # tried in the second view
 STROKES = 2  # of a defect
 
 
@@ -55,9 +56,10 @@ def make_views(key: jax.Array, scene: Scene, other: jax.Array, size: int) -> Vie
     clean, shifted = (jax.tree.map(lambda x, o=o: cut(x, o), scene) for o in offsets)
     strength = jax.random.uniform(keys[2], (2,)) ** 2  # of blur and noise, both views
     first = _expose(keys[3], clean.image / 255.0, strength)
-    defective, defect = _add_defect(
-        keys[4], shifted.image / 255.0, cut(other, offset) / 255.0
-    )
+    defective, defect = shifted.image / 255.0, jnp.zeros((size, size))
+    for key in jax.random.split(keys[4], DEFECTS):
+        defective, new = _add_defect(key, defective, cut(other, offset) / 255.0)
+        defect = jnp.maximum(defect, new)
     second = _expose(keys[5], defective, strength)
     # The same scene under another light altogether, in both views.
     gain = 1 + 0.25 * jax.random.normal(keys[6])

@@ -106,7 +106,7 @@ def contrast(
     """InfoNCE from the positions of the first n views to those of the others.
 
     Args:
-        features: of every position.
+        features: of every position, standardised.
         label: positions with the same label are not told apart.
         is_defect: positions that are like no other; they are never asked for.
         temperature: divides the cosines.
@@ -134,8 +134,8 @@ def novelty(
     position of the defect among all sound ones.
 
     Args:
-        features: of every position: the first n views, which have no defect, then the
-            others of the same scenes.
+        features: of every position, standardised: the first n views, which have no
+            defect, then the others of the same scenes.
         defect: the largest share of a pixel of the cell that a defect changed, 0..1.
 
     Returns:

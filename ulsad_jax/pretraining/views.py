@@ -57,8 +57,9 @@ def make_views(key: jax.Array, scene: Scene, other: jax.Array, size: int) -> Vie
     strength = jax.random.uniform(keys[2], (2,)) ** 2  # of blur and noise, both views
     first = _expose(keys[3], clean.image / 255.0, strength)
     defective, defect = shifted.image / 255.0, jnp.zeros((size, size))
+    foreign = cut(other, offset) / 255.0
     for defect_key in jax.random.split(keys[4], DEFECTS):
-        defective, new = _add_defect(defect_key, defective, cut(other, offset) / 255.0)
+        defective, new = _add_defect(defect_key, defective, foreign)
         defect = jnp.maximum(defect, new)
     second = _expose(keys[5], defective, strength)
     # The same scene under another light altogether, in both views.

@@ -14,6 +14,7 @@ def get_config(category: str = "assembly") -> ConfigDict:
     config.trunk.source = "builtin"
     config.model.local_width = 384
     config.train.num_epochs = 20
+    config.optimizer.learning_rate = 1e-3  # there are only 240 updates
     config.evaluation.batch_size = 16
     config.evaluation.original_resolution = True
     return config

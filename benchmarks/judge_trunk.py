@@ -8,7 +8,7 @@ The data sets: `photos` (`photo_defects.py`), `surfaces` (`surface_defects.py`),
 a trunk with seed 0, and report on other seeds and on the tiles. The measures: `nn`,
 the largest distance of a test patch's features to the nearest training patch; `ulsad`,
 the system trained on top. Both give image AUROC by type, averaged over categories and
-seeds; `ulsad` also pixel AUROC.
+seeds; `ulsad` also that of each map alone, and pixel AUROC.
 """
 
 import json
@@ -140,6 +140,8 @@ def make_measure():
 
 def judge(trunk, sets: dict, measure) -> dict:
     """Every category's metrics, and their means over categories and seeds."""
+    from judge_ulsad import GLOBAL, LOCAL, PIXEL
+
     every = {}
     pooled = defaultdict(lambda: defaultdict(list))
     for (name, seed), categories in sets.items():
@@ -151,7 +153,7 @@ def judge(trunk, sets: dict, measure) -> dict:
     means = {}
     for name, metrics in pooled.items():
         found = {metric: float(np.mean(v)) for metric, v in metrics.items()}
-        types = [v for metric, v in found.items() if metric != "pixel_auroc"]
+        types = [v for k, v in found.items() if k not in (LOCAL, GLOBAL, PIXEL)]
         means[name] = found | {"mean": float(np.mean(types))}
     return {"means": means, "categories": every}
 

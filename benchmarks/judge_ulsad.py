@@ -1,4 +1,4 @@
-"""ULSAD trained on a frozen trunk, in memory: image AUROC by type, pixel AUROC."""
+"""ULSAD trained on a frozen trunk, in memory: image AUROC by type, and of each map."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,18 @@ from configs import quickstart
 from ulsad_jax import evaluation, features, inference, scoring, training
 from ulsad_jax.decisions import Thresholds
 from ulsad_jax.losses import make_loss_fn
+from ulsad_jax.metrics import image as metrics
 from ulsad_jax.models.pyramid import FeaturePyramid
+
+# Of a category's results, those that are no type's image AUROC.
+LOCAL, GLOBAL, PIXEL = "local map", "global map", "pixel_auroc"
 
 
 def make_measure(*, epochs: int, seeds: list[int], size: int, whiten: bool):
-    """Returns `measure(trunk, category) -> {type: AUROC, "pixel_auroc": AUROC}`.
+    """Returns `measure(trunk, category) -> {name: AUROC}`.
+
+    The names are types, for the AUROC of their images; `LOCAL` and `GLOBAL`, for the
+    mean over types when an image's score is the maximum of that map alone; `PIXEL`.
 
     Args:
         epochs: of training.
@@ -94,15 +101,18 @@ def make_measure(*, epochs: int, seeds: list[int], size: int, whiten: bool):
             types=category.types,
             image_size=(size, size),
         )
-        image = evaluation.image_level(
-            truth.labels, truth.types, prediction.score, loco=False
-        )
         pixel = evaluation.pixel_level(
             truth.masks, truth.has_mask, prediction.anomaly_map
         )
-        prefix = "image_auroc/"
-        types = {k[len(prefix) :]: v for k, v in image.items() if k.startswith(prefix)}
-        return types | {"pixel_auroc": pixel["pixel_auroc"]}
+
+        def by_type(score) -> dict[str, float]:
+            return metrics.by_type(truth.types, score)
+
+        return by_type(prediction.score) | {
+            LOCAL: float(np.mean(list(by_type(prediction.local_score).values()))),
+            GLOBAL: float(np.mean(list(by_type(prediction.global_score).values()))),
+            PIXEL: pixel["pixel_auroc"],
+        }
 
     return measure
 

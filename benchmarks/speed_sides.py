@@ -66,24 +66,29 @@ class JaxSide:
         import jax
 
         from configs import default
-        from ulsad_jax import features, inference, losses, training
-        from ulsad_jax.models.pyramid import FeaturePyramid
+        from ulsad_jax import features, inference, losses, parallel, training
 
         self.jax = jax
         self.versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
         config = default.get_config()
-        config.train.dtype = dtype
-        pyramid = FeaturePyramid(ARCHITECTURE, jax.numpy.dtype(dtype))
+        if dtype == "float32":
+            jax.config.update("jax_default_matmul_precision", "highest")
+        elif dtype != "tfloat32":  # which is JAX's default on a GPU
+            config.train.dtype = dtype
+        pyramid = training.make_pyramid(config)
         model = training.make_model(config)
         optimizer = training.make_optimizer(**config.optimizer)
         trunk = draw_trunk()
-        images = make_images(batch, size)
+        self.images = images = make_images(batch, size)
+        self.devices = parallel.find_devices(1)
         self.extractor = features.make_extractor(pyramid, trunk)
         # First calls, which compile, but for the call's own time.
         self.first = {}
         self.first["extract"], raw = clock(lambda: np.asarray(self.extractor(images)))
         self.statistics = features.channel_statistics(raw)
-        self.kept = features.Kept(self.statistics.standardize(raw), images)
+        kept = features.Kept(self.statistics.standardize(raw), images)
+        normals = features.Normals(kept, kept, self.statistics)
+        self.kept = features.place(normals, self.devices).train  # as train.py does
         shapes = {
             "features": jax.ShapeDtypeStruct(self.kept.features.shape, np.float32),
             "image": jax.ShapeDtypeStruct(images.shape, np.uint8),
@@ -93,7 +98,7 @@ class JaxSide:
                 training.init_state(model, optimizer, jax.random.key(0), **shapes)
             )
         )
-        self.state = jax.device_put(state, jax.devices()[0])
+        self.state = self.devices.replicate(state)
         loss_fn = losses.make_loss_fn(config.losses)
         self.train_step = training.make_train_step(model, loss_fn, optimizer)
         self.predict_step = inference.make_predict_step(pyramid, model)
@@ -104,9 +109,9 @@ class JaxSide:
 
     def results(self, training: bool, inference: bool) -> dict[str, np.ndarray]:
         """What both sides have to agree on; in training by two steps."""
-        found = {"features": self.kept.features}
+        found = {"features": np.asarray(self.kept.features)}
         if inference:
-            found["map"] = self._predict(self.kept.images)
+            found["map"] = self._predict(self.images)
         if training:
             self.first["step"], found["first losses"] = clock(self._step)
             found["second losses"] = self._step()
@@ -118,12 +123,12 @@ class JaxSide:
 
     def predict(self, batch: int) -> float:
         """From uint8 images in host memory to fused maps there."""
-        images = make_images(batch, self.kept.images.shape[1])
+        images = make_images(batch, self.images.shape[1])
         return clock(lambda: self._predict(images))[0]
 
     def extract(self) -> float:
         """Raw features of a batch, to host memory."""
-        return clock(lambda: np.asarray(self.extractor(self.kept.images)))[0]
+        return clock(lambda: np.asarray(self.extractor(self.images)))[0]
 
     def first_calls(self) -> dict[str, float]:
         """Seconds of the first calls of what a fit compiles."""
@@ -134,7 +139,7 @@ class JaxSide:
         return (self.jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     def _step(self) -> np.ndarray:
-        batch = self.kept.batch(np.arange(len(self.kept)))
+        batch = self.devices.load(self.kept, np.arange(len(self.kept)))
         self.state, losses = self.train_step(self.state, *batch)
         self.jax.block_until_ready(self.state)
         return np.array([losses[name] for name in TERMS])
@@ -221,7 +226,7 @@ class TorchSide:
         Args:
             size: of the square images.
             batch: of a training step.
-            dtype: computation type; other than float32 through autocast.
+            dtype: computation type; bfloat16 through autocast.
             weights: the .npz file to read.
             training_layout: of the trained networks; everything else is channels_last.
             compiled: whether to `torch.compile`.
@@ -234,7 +239,8 @@ class TorchSide:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.versions = {"torch": torch.__version__}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        tf32 = dtype != "float32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
         self.layout = getattr(torch, training_layout)
         self.trained, self.fixed = (torch_ulsad.Ulsad(size) for _ in range(2))
@@ -247,7 +253,7 @@ class TorchSide:
         self.fixed.eval()
         self.optimizer = torch_ulsad.make_optimizer(self.trained)
         self.autocast = contextlib.nullcontext
-        if dtype != "float32":
+        if not dtype.endswith("float32"):
             kind = getattr(torch, dtype)
             self.autocast = lambda: torch.autocast(self.device, kind)
         self.extract_fn, self.losses_fn, self.predict_fn = (

@@ -118,9 +118,14 @@ def test_gradients_that_are_taken_in_chunks():
         np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max())
 
 
-def test_a_batch_is_split():
+@pytest.mark.parametrize("memory", [0, 2**30], ids=["host", "device"])
+def test_a_batch_is_split(memory, monkeypatch):
+    monkeypatch.setattr(features, "device_bytes", lambda: memory)
+    devices, kept = parallel.find_devices(), make_kept(BATCH)
+    placed = features.place(features.Normals(kept, kept, None), devices).train
+    assert isinstance(placed.features, jax.Array) == bool(memory)
     rows = np.arange(BATCH)[::-1]
-    batch = parallel.find_devices().load(make_kept(BATCH), rows)
+    batch = devices.load(placed, rows)
     for array, whole in zip(batch, make_kept(BATCH).batch(rows), strict=True):
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
         np.testing.assert_array_equal(array, whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -55,6 +56,31 @@ def test_kept_are_as_large_as_told(normals):
     kept = normals[0].train
     told = features.count_bytes(len(kept), SIZE)
     assert told == kept.features.nbytes + kept.images.nbytes
+
+
+def test_device_memory_is_shared(normals, monkeypatch):
+    """Features go there if they are little of it; streamed ones never."""
+    kept, streamed = normals
+    rows = np.array([1, 0])
+    size = sum(part.features.nbytes + part.images.nbytes for part in kept[:2])
+    for memory, goes in ((4 * size, True), (4 * size - 1, False)):
+        monkeypatch.setattr(features, "device_bytes", lambda memory=memory: memory)
+        placed = features.place(kept, parallel.find_devices())
+        for part, before in zip(placed[:2], kept[:2], strict=True):
+            assert isinstance(part.features, jax.Array) == goes
+            runs.assert_same_arrays(part.batch(rows), before.batch(rows))
+        assert placed.statistics is kept.statistics
+        assert features.place(streamed, parallel.find_devices()) is streamed
+
+
+def test_on_cpus_features_stay_where_they_are(normals):
+    assert features.place(normals[0], parallel.find_devices()) is normals[0]
+
+
+def test_training_from_device_memory(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "device_bytes", lambda: 2**30)
+    runs.train(finished.config, tmp_path / "run")
+    runs.assert_same_category(tmp_path / "run", finished.workdir)
 
 
 def test_memory_of_the_machine():

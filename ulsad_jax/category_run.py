@@ -95,7 +95,7 @@ class CategoryRun:
                 f"{len(data.test)} test images"
             )
             with stages.measure(self._folder, "features"):
-                normals = self._extract(writer)
+                normals = features.place(self._extract(writer), self._devices)
             loss_fn = make_loss_fn(self._config.losses)
             loop = self.make_trainer(trainer.Trainer, normals, loss_fn, store, writer)
             with stages.measure(self._folder, "training"):

@@ -39,6 +39,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
     config_lib.validate(config)
     devices = parallel.find_devices(config.parallel.devices)
     parallel.check_trainable(devices, config.train.batch_size, config.parallel.backend)
+    compilation.draw_by_kernel()
     compilation.keep(config.dataset.cache_dir)
     with hosts.first_alone("workdir"):
         check_workdir(config, workdir)

@@ -17,6 +17,7 @@ from ulsad_jax import hosts
 from ulsad_jax.models.pyramid import FeaturePyramid, feature_shape
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Float, Int, Shaped, UInt8
 
     from ulsad_jax.parallel import Devices
@@ -26,19 +27,21 @@ DEAD_CHANNEL = 1e-12
 # Directions in which scaled features vary less than this are whitened as if by this;
 # the variances of all directions are 1 on average.
 LEAST_VARIANCE = 0.01
+# Of a device's memory, what features may take there: networks need some, too.
+DEVICE_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What training needs of every image of a split, in host memory.
+    """What training needs of every image of a split, in host or device memory.
 
     Attributes:
         features: standardised, [n, h/8, w/8, c] float32.
         images: [n, h, w, 3] uint8.
     """
 
-    features: np.ndarray
-    images: np.ndarray
+    features: np.ndarray | jax.Array
+    images: np.ndarray | jax.Array
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -56,8 +59,8 @@ class Kept:
 
     def batch(
         self, rows: Int[np.ndarray, " b"]
-    ) -> tuple[Float[np.ndarray, "b h/8 w/8 c"], UInt8[np.ndarray, "b h w 3"]]:
-        """Features and images of some rows."""
+    ) -> tuple[Float[ArrayLike, "b h/8 w/8 c"], UInt8[ArrayLike, "b h w 3"]]:
+        """Features and images of some rows, from where they are."""
         return self.features[rows], self.images[rows]
 
 
@@ -234,6 +237,22 @@ def stream(
     )
 
 
+def place(normals: Normals, devices: Devices) -> Normals:
+    """Moves what is kept into the memory of every device, if it is little of that.
+
+    From host memory a batch takes longer to arrive than a fast device takes for a
+    training step. On CPUs, and with several processes, everything stays where it is.
+    """
+    kept = normals.train, normals.validation
+    if jax.process_count() > 1 or not all(isinstance(k, Kept) for k in kept):
+        return normals
+    needed = sum(k.features.nbytes + k.images.nbytes for k in kept)
+    if needed > DEVICE_SHARE * device_bytes():
+        return normals
+    placed = (Kept(*devices.replicate((k.features, k.images))) for k in kept)
+    return Normals(*placed, normals.statistics)
+
+
 def extract(
     extractor, batches: Iterable[Mapping[str, np.ndarray]], count: int
 ) -> tuple[Float[np.ndarray, "n h w c"], UInt8[np.ndarray, "n h w 3"]]:
@@ -308,6 +327,12 @@ def host_bytes() -> int:
     own = total if text == "max" else min(total, int(text))
     least = hosts.gather(np.int32([own // 2**20])).min()  # so that all decide alike
     return int(least) * 2**20
+
+
+def device_bytes() -> int:
+    """A device's memory; 0 where that is the host's, as on CPUs."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", 0)
 
 
 def _put(

@@ -93,9 +93,9 @@ class Devices:
 
     def place(self, rows: np.ndarray | jax.Array) -> jax.Array:
         """A batch of which every process gives its own rows, unless it is placed."""
-        if isinstance(rows, jax.Array):
-            return rows
         sharding = NamedSharding(self.mesh, PartitionSpec(DATA))
+        if isinstance(rows, jax.Array):
+            return rows if rows.sharding == sharding else jax.device_put(rows, sharding)
         return jax.make_array_from_process_local_data(sharding, rows)
 
     def round_up(self, batch_size: int) -> int:

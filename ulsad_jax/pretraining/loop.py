@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ulsad_jax import compilation, pretrained
 from ulsad_jax import config as config_lib
-from ulsad_jax import pretrained
 from ulsad_jax.checkpoint import CheckpointStore
 from ulsad_jax.errors import Interrupted, UserError
 from ulsad_jax.pretraining import objectives
@@ -66,6 +66,7 @@ def run(config: ConfigDict, workdir: Path) -> str:
         Interrupted: by SIGTERM or SIGINT, after saving.
     """
     check(config)
+    compilation.draw_by_kernel()
     _claim(config, workdir)
     model = objectives.Pretrainer(config.architecture)
     optimizer = make_optimizer(config)

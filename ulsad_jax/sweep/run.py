@@ -99,6 +99,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
             "--coordinator."
         )
     config.parallel.devices = 1  # of a member; members are what is split
+    compilation.draw_by_kernel()
     compilation.keep(config.dataset.cache_dir)
     members = grid.list_members(config, experiment.list_categories(config))
     _check_workdir(workdir)

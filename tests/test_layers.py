@@ -186,6 +186,33 @@ def test_lowerings_agree(kind, size, stride, padding, dtype, monkeypatch):
         assert error < tolerance
 
 
+def test_transposed_conv_on_gpus(monkeypatch):
+    """Four plain convolutions at once, so that no input is spread out."""
+    monkeypatch.setattr(convolution, "MANY_MULTIPLICATIONS", 0)
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(2, 9, 10, 4)).astype(np.float32)
+    kernel = rng.normal(size=(4, 4, 4, 5)).astype(np.float32)
+
+    def run(function):
+        def losses(x, kernel):
+            y, backward = jax.vjp(function, x, kernel)
+            return y, *backward(jnp.sin(y))
+
+        return jax.jit(losses)
+
+    double = functools.partial(convolution.convolve_transposed, stride=2, padding=1)
+    lowered = run(double).trace(x, kernel).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count("stablehlo.convolution") == 3
+    assert "lhs_dilate = [2, 2]" not in text
+    with convolution.plain():
+        native = run(functools.partial(double))  # traced anew
+        expected = native(x, kernel)
+        assert "lhs_dilate = [2, 2]" in native.lower(x, kernel).as_text()
+    for a, b in zip(run(convolution._double_at_once)(x, kernel), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1)])
 @pytest.mark.parametrize("chunk", [1, 2**12, 2**30])
 def test_kernel_gradient_of_a_large_batch(size, stride, chunk, monkeypatch):

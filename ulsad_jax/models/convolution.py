@@ -1,10 +1,12 @@
 """Convolutions, lowered as the platform likes them.
 
-On GPU and TPU everything is XLA's own. On CPUs XLA runs matrix products faster than
-some convolutions, and much faster than most gradients of convolutions. There, these are
-products over the kernel's taps, the same sums in another order, or, for large float32
-ones of stride 1, products of transformed tiles (`ulsad_jax.models.winograd`). (Such a
-convolution can be differentiated in reverse mode only.) The limits below are measured.
+On GPU and TPU everything is XLA's own; on GPUs strided transposed convolutions are
+plain ones, four at once, because XLA has no kernels for an input that is spread out. On
+CPUs XLA runs matrix products faster than some convolutions, and much faster than most
+gradients of convolutions. There, these are products over the kernel's taps, the same
+sums in another order, or, for large float32 ones of stride 1, products of transformed
+tiles (`ulsad_jax.models.winograd`). (Such a convolution can be differentiated in
+reverse mode only.) The limits below are measured.
 
 Kernels are [kh, kw, in, out]; stride and padding are the same on both axes.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -61,15 +64,7 @@ def convolve(
     padding: int,
 ) -> Float[Array, "b oh ow o"]:
     """Correlates, with zeros around the input."""
-
-    def native(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(stride, stride),
-            padding=[(padding, padding)] * 2,
-            dimension_numbers=_LAYOUT,
-        )
+    native = functools.partial(_convolve_natively, stride=stride, padding=padding)
 
     def taps(x, kernel):
         return _convolve_taps(_pad(x, padding), kernel, stride)
@@ -105,20 +100,34 @@ def convolve_transposed(
     if stride == 1:
         return convolve(x, kernel, stride=1, padding=k - 1 - padding)
 
-    def native(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(1, 1),
-            padding=[(k - 1 - padding, k - 1 - padding)] * 2,
-            lhs_dilation=(stride, stride),
-            dimension_numbers=_LAYOUT,
-        )
-
+    native = functools.partial(
+        _convolve_natively, padding=k - 1 - padding, dilation=stride
+    )
     if (k, stride, padding) != (4, 2, 1) or _is_small(x, kernel):
         return native(x, kernel)
     forward = _double if _tile(x, kernel[::2, ::2]) else native
-    return _lower(native, forward=forward, backward=_double)(x, kernel)
+    return _lower(native, forward=forward, backward=_double, gpu=_double_at_once)(
+        x, kernel
+    )
+
+
+def _convolve_natively(
+    x: Float[Array, "b h w i"],
+    kernel: Float[Array, "kh kw i o"],
+    *,
+    stride: int = 1,
+    padding: int,
+    dilation: int = 1,
+) -> Float[Array, "b oh ow o"]:
+    """XLA's own; the dilation is the input's."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=[(padding, padding)] * 2,
+        lhs_dilation=(dilation, dilation),
+        dimension_numbers=_LAYOUT,
+    )
 
 
 def _is_small(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> bool:
@@ -148,22 +157,39 @@ def _positions(x: Float[Array, "b h w i"]) -> int:
     return height * width * (batch if isinstance(batch, int) else 1)
 
 
-def _lower(native: Callable, *, forward: Callable, backward: Callable) -> Callable:
-    """`native`; on CPUs, equal functions instead of it and to take gradients of."""
+def _lower(
+    native: Callable,
+    *,
+    forward: Callable,
+    backward: Callable,
+    gpu: Callable | None = None,
+) -> Callable:
+    """`native`; on CPUs, equal functions instead of it and to take gradients of.
+
+    Args:
+        native: on all platforms that nothing else is for.
+        forward: on CPUs.
+        backward: on CPUs, what gradients are taken of.
+        gpu: on GPUs, for both.
+    """
     if _plain.get():
         return native
+    others = {"default": native}
+    if gpu is not None:
+        others |= {"cuda": gpu, "rocm": gpu}
 
     def primal(x, kernel):
-        if forward is native:
+        if forward is native and gpu is None:
             return native(x, kernel)
-        return jax.lax.platform_dependent(x, kernel, cpu=forward, default=native)
+        return jax.lax.platform_dependent(x, kernel, cpu=forward, **others)
 
     def gradients(inputs, cotangent):
         def through(function):
             return lambda x, kernel, y: jax.vjp(function, x, kernel)[1](y)
 
+        ways = {name: through(function) for name, function in others.items()}
         return jax.lax.platform_dependent(
-            *inputs, cotangent, cpu=through(backward), default=through(native)
+            *inputs, cotangent, cpu=through(backward), **ways
         )
 
     function = jax.custom_vjp(primal)
@@ -232,15 +258,39 @@ def _double(
     An output row 2m + r sees the input rows m + r - 1 and m + r, through the kernel
     rows r and r + 2.
     """
-    b, h, w, _ = x.shape
+    _, h, w, _ = x.shape
     x = _pad(x, 1)
-    phases = [
-        _convolve_valid(x[:, r : r + h + 1, s : s + w + 1], kernel[r::2, s::2])
-        for r in (0, 1)
-        for s in (0, 1)
-    ]
-    y = jnp.stack(phases).reshape(2, 2, b, h, w, -1)  # r s b m n o
-    return y.transpose(2, 3, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1)
+    return _interleave(
+        [
+            _convolve_valid(x[:, r : r + h + 1, s : s + w + 1], kernel[r::2, s::2])
+            for r in (0, 1)
+            for s in (0, 1)
+        ]
+    )
+
+
+def _double_at_once(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "4 4 i o"]
+) -> Float[Array, "b 2*h 2*w o"]:
+    """As `_double`, but the four have one convolution, of 4 o outputs."""
+    _, h, w, _ = x.shape
+    phases = [(r, s) for r in (0, 1) for s in (0, 1)]
+    kernels = jnp.concatenate([kernel[r::2, s::2] for r, s in phases], axis=-1)
+    y = _convolve_natively(x, kernels, stride=1, padding=1)
+    parts = jnp.split(y, 4, axis=-1)  # each is wanted from its own row and column on
+    return _interleave(
+        [
+            part[:, r : r + h, s : s + w]
+            for part, (r, s) in zip(parts, phases, strict=True)
+        ]
+    )
+
+
+def _interleave(phases: list[Float[Array, "b h w o"]]) -> Float[Array, "b 2*h 2*w o"]:
+    """Even and odd rows and columns: (0, 0), (0, 1), (1, 0), (1, 1)."""
+    b, h, w, o = phases[0].shape
+    y = jnp.stack(phases).reshape(2, 2, b, h, w, o)  # r s b m n o
+    return y.transpose(2, 3, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, o)
 
 
 def _convolve_valid(

@@ -46,7 +46,7 @@ def get_config(category: str = "all") -> ConfigDict:
     dataset.synthetic.image_size = 256  # pixels a side
     dataset.synthetic.train = 100  # normal training images
     dataset.synthetic.validation = 20  # normal validation images
-    dataset.synthetic.good = 30  # normal test images
+    dataset.synthetic.good = 60  # normal test images
     dataset.synthetic.per_kind = 6  # test images of each kind of anomaly
 
     config.trunk = trunk = ConfigDict()

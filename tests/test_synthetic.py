@@ -12,7 +12,14 @@ from ulsad_jax.data import mvtec_loco, synthetic
 from ulsad_jax.data.records import read_image, read_mask
 from ulsad_jax.data.synthetic_anomalies import LOGICAL, STRUCTURAL, VISIBLE
 from ulsad_jax.data.synthetic_design import draw_design
-from ulsad_jax.data.synthetic_scenes import photograph, violations
+from ulsad_jax.data.synthetic_scenes import (
+    contents,
+    draw_scene,
+    photograph,
+    view,
+    violations,
+)
+from ulsad_jax.data.synthetic_shapes import View, coverage
 from ulsad_jax.errors import UserError
 
 SIZE = (96, 96)
@@ -217,15 +224,37 @@ def test_logical_mask_covers_what_changed(i):
         assert not (differs & ~near).any()
 
 
-def test_missing_part_may_be_found_anywhere_in_its_bin():
+@pytest.mark.parametrize("size", [(96, 96), (64, 128), (128, 64)])
+@pytest.mark.parametrize("seed", range(4))
+def test_parts_have_places(seed, size):
+    """The same in every image, within a compartment and apart from their neighbours."""
+    design, rng = draw_design(seed, size=size), np.random.default_rng(0)
+    scenes = [draw_scene(design, rng) for _ in range(4)]
+    seen = View(*size)
+    rows, columns = np.indices(size) + 0.5
+    x, y = (columns - size[1] / 2) / seen.scale, (rows - size[0] / 2) / seen.scale
+    for name, (_, count) in design.bins.items():
+        cell = design.cells[name]
+        outside = (abs(x - cell.x) > cell.half_u) | (abs(y - cell.y) > cell.half_v)
+        found = [contents(scene, name) for scene in scenes]
+        assert {len(parts) for parts in found} == {count}
+        for parts in zip(*found, strict=True):
+            assert np.ptp([(part.x, part.y) for part in parts], axis=0).max() <= 0.022
+        for parts in found:
+            masks = [coverage(seen, part) for part in parts]
+            assert np.sum(masks, axis=0).max() == 1
+            assert not (np.any(masks, axis=0) & outside).any()
+
+
+def test_missing_part_is_missing_from_its_place():
     design = draw_design(0)
-    indices = range(0, 20 * len(LOGICAL), len(LOGICAL))
-    samples = (_sample(design, TYPES[1], i) for i in indices)
-    sample = next(s for s in samples if "missing_part_short" in s.masks[0][0])
-    ((name, mask),) = sample.masks
-    threshold, relative = synthetic.saturations(design, SIZE)[name]
-    assert not relative
-    assert threshold < 0.5 * mask.sum()
+    for i in range(0, 8 * len(LOGICAL), len(LOGICAL)):
+        sample = _sample(design, TYPES[1], i)
+        ((name, mask),) = sample.masks
+        (gone,) = set(sample.twin.parts) - set(sample.scene.parts)
+        assert name == f"missing_part_{gone.type}"
+        share = coverage(view(sample.scene, SIZE), gone).sum() / mask.sum()
+        assert share == 1 if gone.type != "cable" else share < 1
 
 
 @pytest.mark.parametrize("size", [(64, 128), (128, 64)])

@@ -45,7 +45,7 @@ from ulsad_jax.progress import progress
 if TYPE_CHECKING:
     from jaxtyping import Bool, UInt8
 
-GENERATOR_VERSION = 1  # to be raised with every change of what is drawn
+GENERATOR_VERSION = 2  # to be raised with every change of what is drawn
 PARAMETERS = "generator.json"
 _LOGICAL, _STRUCTURAL = "logical_anomalies", "structural_anomalies"
 _SMALLEST = 64  # below, parts are too few pixels to tell them apart
@@ -122,7 +122,7 @@ def write_category(
     image_size: int | tuple[int, int] = 256,
     train: int = 100,
     validation: int = 20,
-    good: int = 30,
+    good: int = 60,
     per_kind: int = 6,
 ) -> Path:
     """Renders a category, unless the same one is there already.
@@ -258,7 +258,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("image_size", ["256"], "Side, or height,width, in pixels.")
     flags.DEFINE_integer("train", 100, "Normal training images.")
     flags.DEFINE_integer("validation", 20, "Normal validation images.")
-    flags.DEFINE_integer("good", 30, "Normal test images.")
+    flags.DEFINE_integer("good", 60, "Normal test images.")
     flags.DEFINE_integer("per_kind", 6, "Test images of each kind of anomaly.")
 
 

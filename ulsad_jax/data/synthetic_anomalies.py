@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage
 
-from ulsad_jax.data.synthetic_design import ROWS, Cell, Design, Kind, pick
+from ulsad_jax.data.synthetic_design import ROWS, Design, Kind, pick
 from ulsad_jax.data.synthetic_drawing import Mark
 from ulsad_jax.data.synthetic_scenes import (
     Scene,
@@ -23,6 +23,7 @@ from ulsad_jax.data.synthetic_scenes import (
     fill,
     lay_cable,
     one,
+    put,
     set_fuse,
     view,
 )
@@ -41,12 +42,10 @@ class Region:
     Attributes:
         defect: its name, as in `saturations`.
         parts: the area they cover, or would.
-        cell: if given, also this compartment's floor as far as nothing covers it.
     """
 
     defect: str
-    parts: tuple[Part, ...] = ()
-    cell: Cell | None = None
+    parts: tuple[Part, ...]
 
 
 # Logical anomalies ----------------------------------------------------------
@@ -71,17 +70,14 @@ def _missing_part(design: Design, scene: Scene, rng: np.random.Generator) -> Spo
         region = Region("missing_part_cable", (cable, *paths))
         return _replace(scene, cable), [region]
     part = pick(rng, contents(scene, name))
-    # A slot of the rack says where its fuse belongs; a bin does not.
-    cell = design.cells[name] if name in design.bins else None
-    return _replace(scene, part), [Region(f"missing_part_{part.type}", (part,), cell)]
+    return _replace(scene, part), [Region(f"missing_part_{part.type}", (part,))]
 
 
 def _surplus_part(design: Design, scene: Scene, rng: np.random.Generator) -> Spoiled:
     name = pick(rng, list(design.bins))
     there = contents(scene, name)
     extra, _ = drop(rng, design.cells[name], design.bins[name][0], there)
-    # Nobody can tell which of them is the surplus one.
-    region = Region(f"surplus_part_{extra.type}", (*there, extra))
+    region = Region(f"surplus_part_{extra.type}", (extra,))
     return _replace(scene, there[-1], there[-1], extra), [region]
 
 
@@ -93,7 +89,7 @@ def _misplaced_part(design: Design, scene: Scene, rng: np.random.Generator) -> S
     scene = _replace(_replace(scene, part), there[-1], there[-1], moved)
     return scene, [
         Region(f"misplaced_part_{part.type}", (moved,)),
-        Region(f"missing_part_{part.type}", (part,), design.cells[source]),
+        Region(f"missing_part_{part.type}", (part,)),
     ]
 
 
@@ -113,8 +109,8 @@ def _swapped_bins(design: Design, scene: Scene, rng: np.random.Generator) -> Spo
 def _wrong_size(design: Design, scene: Scene, rng: np.random.Generator) -> Spoiled:
     name, other = pick(rng, (("bin0", "bin1"), ("bin1", "bin0")))
     part = pick(rng, contents(scene, name))
-    rest = [p for p in contents(scene, name) if p is not part]
-    wrong, _ = drop(rng, design.cells[name], design.bins[other][0], rest)
+    place = part.x, part.y, part.angle
+    wrong = put(rng, design.cells[name], design.bins[other][0], *place)
     return _replace(scene, part, wrong), [Region(f"wrong_size_{wrong.type}", (wrong,))]
 
 
@@ -172,16 +168,16 @@ LOGICAL: dict[str, Callable[[Design, Scene, np.random.Generator], Spoiled]] = {
 
 
 def _scratch(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
-    return _marked(design, scene, rng, "scratch", rng.uniform(0.10, 0.18), 0.0045)
+    return _marked(design, scene, rng, "scratch", rng.uniform(0.16, 0.26), 0.008)
 
 
 def _dent(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
-    length = rng.uniform(0.055, 0.08)
+    length = rng.uniform(0.075, 0.105)
     return _marked(design, scene, rng, "dent", length, length * rng.uniform(0.7, 1))
 
 
 def _stain(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
-    length = rng.uniform(0.06, 0.10)
+    length = rng.uniform(0.08, 0.12)
     return _marked(design, scene, rng, "stain", length, length * rng.uniform(0.6, 1))
 
 
@@ -228,15 +224,15 @@ def _free_spot(
 
 def _crack(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
     del design
-    part = _victim(scene, rng, ("module", "terminal", "fuse", "button", "label"))
+    part = _victim(scene, rng, ("module", "terminal", "fuse", "label"))
     short = min(part.length, part.width)
     mark = Mark(
         "crack",
         part.x + float(rng.uniform(-0.1, 0.1)) * short,
         part.y + float(rng.uniform(-0.1, 0.1)) * short,
         float(rng.uniform(-math.pi, math.pi)),
-        0.95 * short,
-        0.008,
+        1.1 * short,
+        0.012,
         int(rng.integers(2**31)),
         part=scene.parts.index(part),
     )
@@ -252,7 +248,7 @@ def _chipped_edge(design: Design, scene: Scene, rng: np.random.Generator) -> Sce
     u, v = r * np.float32(math.cos(theta)), r * np.float32(math.sin(theta))
     solid = SHAPES[part.shape](u, v, part, 1e-3).distance[0] < 0
     edge = int(np.flatnonzero(solid)[-1])
-    size = max(0.016, 0.16 * min(part.length, part.width)) * rng.uniform(0.9, 1.2)
+    size = max(0.026, 0.26 * min(part.length, part.width)) * rng.uniform(0.9, 1.2)
     damage = Damage(
         "chip", float(u[0, edge]), float(v[0, edge]), float(size), rng.uniform(0, 6.3)
     )
@@ -262,7 +258,7 @@ def _chipped_edge(design: Design, scene: Scene, rng: np.random.Generator) -> Sce
 def _bent_part(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
     del design
     part = _victim(scene, rng, ("screw", "pin", "link"))
-    size = rng.choice((-1, 1)) * rng.uniform(0.028, 0.042)
+    size = rng.choice((-1, 1)) * rng.uniform(0.040, 0.055)
     damage = Damage("bend", -0.1 * part.length, 0.0, float(size))
     return _replace(scene, part, dataclasses.replace(part, damage=damage))
 
@@ -293,7 +289,7 @@ def _fibre(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
         y,
         0.0,
         2 * reach + 0.01,
-        0.0065,
+        0.010,
         (shade,),
         detail=tuple(points.ravel().tolist()),
     )
@@ -317,23 +313,6 @@ def logical_mask(
     """The pixels of a region of the (anomalous) scene."""
     seen = view(scene, size)
     mask = np.zeros(size, bool)
-    if region.cell is not None:
-        cell = region.cell
-        floor = Part(
-            "floor",
-            cell.name,
-            "label",
-            cell.x,
-            cell.y,
-            0.0,
-            2 * cell.half_u,
-            2 * cell.half_v,
-            ((0.0, 0.0, 0.0),),
-            detail=(0.0, 0.0),
-        )
-        mask = coverage(seen, floor)
-        for part in contents(scene, cell.name):
-            mask &= ~coverage(seen, part)
     for part in region.parts:
         mask |= coverage(seen, part)
     return mask
@@ -384,9 +363,9 @@ def saturations(design: Design, size: tuple[int, int]) -> dict[str, tuple[float,
     """Every defect's name, which starts with its kind, and its saturation threshold.
 
     Returns:
-        (threshold, relative) by name. Where the exact place is ambiguous, finding the
-        area of one object is enough, so the threshold is in pixels of a picture of
-        `size`; else it is the share of the region that must be found.
+        (threshold, relative) by name. Where the place is ambiguous, finding the area of
+        one object is enough, so the threshold is in pixels of a picture of `size`; else
+        it is the share of the region that must be found.
     """
     bins = [kind for kind, _ in design.bins.values()]
     area = {kind.type: _area(_nominal(kind), size) for kind in (*bins, design.fuses[0])}
@@ -394,15 +373,15 @@ def saturations(design: Design, size: tuple[int, int]) -> dict[str, tuple[float,
     rng = np.random.default_rng(0)
     wire = _area(lay_cable(design, rng, (1, 1), design.cable.colours[0]), size)
     absolute = {
-        **{f"missing_part_{name}": pixels for name, pixels in area.items()},
         "missing_part_cable": wire,
-        **{f"surplus_part_{kind.type}": area[kind.type] for kind in bins},
         "swapped_bins": min(area[kind.type] for kind in bins),
         "wrong_order": area["fuse"],
         # The label or the cable may be the wrong one.
         "mismatched_colour": min(paper, wire),
     }
-    whole = [f"misplaced_part_{kind.type}" for kind in bins]
+    whole = [f"missing_part_{name}" for name in area]
+    whole += [f"surplus_part_{kind.type}" for kind in bins]
+    whole += [f"misplaced_part_{kind.type}" for kind in bins]
     whole += [f"wrong_size_{kind.type}" for kind in bins[:2]]
     whole += ["reversed_part", "crossed_cable", *STRUCTURAL]
     return {

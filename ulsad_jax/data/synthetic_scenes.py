@@ -61,21 +61,21 @@ def draw_scene(design: Design, rng: np.random.Generator) -> Scene:
     parts += _rack(design, rng)
     parts.append(_module(design, rng))
     parts += _harness(design, rng)
-    gain = rng.uniform(0.86, 1.14)
+    gain = rng.uniform(0.76, 1.24)
     return Scene(
         parts=tuple(parts),
         marks=(),
         camera=(
-            rng.uniform(0.965, 1.03),
-            rng.uniform(-0.05, 0.05),
-            rng.uniform(-0.018, 0.018),
-            rng.uniform(-0.018, 0.018),
+            rng.uniform(0.988, 1.008),
+            rng.uniform(-0.015, 0.015),
+            rng.uniform(-0.006, 0.006),
+            rng.uniform(-0.006, 0.006),
         ),
         light=Light(
             design.azimuth + rng.uniform(-0.5, 0.5), elevation=rng.uniform(0.8, 1.0)
         ),
-        exposure=tuple(gain * rng.uniform(0.97, 1.03, 3)),
-        gradient=(rng.uniform(-0.12, 0.12), rng.uniform(-0.12, 0.12)),
+        exposure=tuple(gain * rng.uniform(0.95, 1.05, 3)),
+        gradient=(rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2)),
         grain=rng.uniform(0.008, 0.014),
         seed=int(rng.integers(2**31)),
     )
@@ -103,32 +103,42 @@ def _piece(
             "length": size * kind.length,
             "width": size * kind.width,
             "colours": kind.colours,
-            "tint": tuple(rng.uniform(0.92, 1.08) * rng.uniform(0.97, 1.03, 3)),
+            "tint": tuple(rng.uniform(0.88, 1.12) * rng.uniform(0.97, 1.03, 3)),
             **fields,
         }
     )
 
 
 def fill(rng: np.random.Generator, cell: Cell, kind: Kind, count: int) -> list[Part]:
-    """Scatters `count` parts over a compartment so that they do not overlap."""
-    best: tuple[float, list[Part]] = (-math.inf, [])
-    for _ in range(6):
-        parts: list[Part] = []
-        worst = math.inf
-        for _ in range(count):
-            part, gap = drop(rng, cell, kind, parts)
-            parts.append(part)
-            worst = min(worst, gap)
-        best = max(best, (worst, parts), key=lambda pair: pair[0])
-        if worst > 0:
-            break
-    return best[1]
+    """Puts `count` parts into the places that a compartment has for them."""
+    return [put(rng, cell, kind, *place) for place in _places(cell, kind, count)]
+
+
+def put(
+    rng: np.random.Generator, cell: Cell, kind: Kind, x: float, y: float, angle: float
+) -> Part:
+    """A part in its place, which leaves it some play."""
+    x, y = x + rng.uniform(-0.011, 0.011), y + rng.uniform(-0.011, 0.011)
+    return _piece(rng, kind, cell, x, y, angle + rng.uniform(-0.12, 0.12))
+
+
+def _places(cell: Cell, kind: Kind, count: int) -> list[tuple[float, float, float]]:
+    """(x, y, angle): side by side along the compartment or across, as fits better."""
+    along, across = (2 * side(cell.half_u, cell.half_v) for side in (max, min))
+    steps = (np.arange(count) + 0.5) / count - 0.5
+    ways = [
+        (min(across / count - kind.width, along - kind.length), (0.0, across), 0.0),
+        (min(along / count - kind.width, across - kind.length), (along, 0.0), 0.5),
+    ]
+    _, (u, v), turns = max(ways)
+    angle = cell.axis + turns * math.pi
+    return [(*map(float, cell.at(step * u, step * v)), angle) for step in steps]
 
 
 def drop(
     rng: np.random.Generator, cell: Cell, kind: Kind, others: Sequence[Part]
 ) -> tuple[Part, float]:
-    """Finds room for one more part; also says how large the gap around it is."""
+    """Finds room for a part that has no place; also tells how large the gap is."""
     n = 160
     if kind.length > 1.6 * kind.width:
         angle = (
@@ -333,7 +343,7 @@ def _ground(design: Design, scene: Scene, coarse: View) -> Float32[np.ndarray, "
 
     def sheet(material: tuple[str, Colour]) -> Float32[np.ndarray, "h w 3"]:
         kind, colour = material
-        return rng.uniform(0.95, 1.05) * drawing.texture(kind, colour, shape, rng)
+        return rng.uniform(0.92, 1.08) * drawing.texture(kind, colour, shape, rng)
 
     canvas = sheet(design.surround)
     outline = (0.0, 0.0, 0.47 * design.wide, 0.47 * design.tall)

@@ -95,7 +95,8 @@ class Devices:
         """A batch of which every process gives its own rows, unless it is placed."""
         sharding = NamedSharding(self.mesh, PartitionSpec(DATA))
         if isinstance(rows, jax.Array):
-            return rows if rows.sharding == sharding else jax.device_put(rows, sharding)
+            there = rows.sharding.is_equivalent_to(sharding, rows.ndim)
+            return rows if there else jax.device_put(rows, sharding)
         return jax.make_array_from_process_local_data(sharding, rows)
 
     def round_up(self, batch_size: int) -> int:

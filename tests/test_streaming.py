@@ -73,10 +73,12 @@ def test_device_memory_is_shared(normals, monkeypatch):
         assert features.place(streamed, parallel.find_devices()) is streamed
 
 
+@needs_cpu
 def test_on_cpus_features_stay_where_they_are(normals):
     assert features.place(normals[0], parallel.find_devices()) is normals[0]
 
 
+@needs_cpu
 def test_training_from_device_memory(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "device_bytes", lambda: 2**30)
     runs.train(finished.config, tmp_path / "run")

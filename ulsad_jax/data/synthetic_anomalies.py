@@ -76,7 +76,7 @@ def _missing_part(design: Design, scene: Scene, rng: np.random.Generator) -> Spo
 def _surplus_part(design: Design, scene: Scene, rng: np.random.Generator) -> Spoiled:
     name = pick(rng, list(design.bins))
     there = contents(scene, name)
-    extra, _ = drop(rng, design.cells[name], design.bins[name][0], there)
+    extra = drop(rng, design.cells[name], design.bins[name][0], there)
     region = Region(f"surplus_part_{extra.type}", (extra,))
     return _replace(scene, there[-1], there[-1], extra), [region]
 
@@ -85,7 +85,7 @@ def _misplaced_part(design: Design, scene: Scene, rng: np.random.Generator) -> S
     source, target = (str(n) for n in rng.permutation(list(design.bins))[:2])
     part = pick(rng, contents(scene, source))
     there = contents(scene, target)
-    moved, _ = drop(rng, design.cells[target], design.bins[source][0], there)
+    moved = drop(rng, design.cells[target], design.bins[source][0], there)
     scene = _replace(_replace(scene, part), there[-1], there[-1], moved)
     return scene, [
         Region(f"misplaced_part_{part.type}", (moved,)),

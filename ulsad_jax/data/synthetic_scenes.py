@@ -137,8 +137,8 @@ def _places(cell: Cell, kind: Kind, count: int) -> list[tuple[float, float, floa
 
 def drop(
     rng: np.random.Generator, cell: Cell, kind: Kind, others: Sequence[Part]
-) -> tuple[Part, float]:
-    """Finds room for a part that has no place; also tells how large the gap is."""
+) -> Part:
+    """Finds room for a part that has no place."""
     n = 160
     if kind.length > 1.6 * kind.width:
         angle = (
@@ -161,8 +161,7 @@ def drop(
         gap = np.minimum(gap, apart - r - other.width / 2)
     room = 0.006
     i = int(np.argmax(np.minimum(gap, room)))  # the first that has room, else the best
-    part = _piece(rng, kind, cell, float(x[i]), float(y[i]), float(angle[i]))
-    return part, float(gap[i])
+    return _piece(rng, kind, cell, float(x[i]), float(y[i]), float(angle[i]))
 
 
 def _discs(x, y, angle, length: float, width: float) -> Float32[np.ndarray, "... k 2"]:

@@ -68,9 +68,9 @@ def copy(run: Run, folder: Path) -> Run:
 
 
 def read_steps(workdir: Path, category: str = "bottle") -> list[int]:
-    """The steps of the checkpoints that were kept."""
+    """The steps of the whole checkpoints, not of what a killed save left."""
     folder = workdir / category / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def read_checkpoint(workdir: Path, category: str = "bottle", step: int = -1) -> Any:

@@ -22,10 +22,9 @@ def make_measure(*, pool: bool, whiten: bool):
     apply = jax.jit(FeaturePyramid("resnet18").apply)
 
     def extract(trunk, images: np.ndarray) -> np.ndarray:
-        variables = {kind: {"trunk": tree} for kind, tree in trunk.variables.items()}
         rows = np.arange(-(-len(images) // BATCH) * BATCH) % len(images)
         parts = [
-            np.asarray(apply(variables, images[part]))
+            np.asarray(apply(trunk.variables, images[part]))
             for part in rows.reshape(-1, BATCH)
         ]
         found = np.concatenate(parts)[: len(images)]

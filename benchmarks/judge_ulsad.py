@@ -45,9 +45,10 @@ def make_measure(*, epochs: int, seeds: list[int], size: int, whiten: bool):
     batch = config.evaluation.batch_size
 
     def extract(trunk, images):
-        variables = {kind: {"trunk": tree} for kind, tree in trunk.variables.items()}
         return features.extract(
-            lambda image: apply(variables, image), _batches(images, batch), len(images)
+            lambda image: apply(trunk.variables, image),
+            _batches(images, batch),
+            len(images),
         )[0]
 
     def fit(x, images, name: str, seed: int) -> dict:

@@ -67,6 +67,7 @@ class JaxSide:
 
         from configs import default
         from ulsad_jax import features, inference, losses, parallel, training
+        from ulsad_jax.models.pyramid import pyramid_variables
 
         self.jax = jax
         self.versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
@@ -79,9 +80,10 @@ class JaxSide:
         model = training.make_model(config)
         optimizer = training.make_optimizer(**config.optimizer)
         trunk = draw_trunk()
+        variables = jax.device_put(pyramid_variables(trunk))
         self.images = images = make_images(batch, size)
         self.devices = parallel.find_devices(1)
-        self.extractor = features.make_extractor(pyramid, trunk)
+        self.extractor = features.make_extractor(pyramid, variables)
         # First calls, which compile, but for the call's own time.
         self.first = {}
         self.first["extract"], raw = clock(lambda: np.asarray(self.extractor(images)))
@@ -103,9 +105,9 @@ class JaxSide:
         self.train_step = training.make_train_step(model, loss_fn, optimizer)
         self.predict_step = inference.make_predict_step(pyramid, model)
         # A copy, because training gives its state away.
-        variables = jax.tree.map(np.array, self.state.variables)
-        self.weights = make_weights(trunk, self.statistics, variables)
-        save_weights(weights, trunk, self.statistics, variables)
+        networks = jax.tree.map(np.array, self.state.variables)
+        self.weights = make_weights(variables, self.statistics, networks)
+        save_weights(weights, trunk, self.statistics, networks)
 
     def results(self, training: bool, inference: bool) -> dict[str, np.ndarray]:
         """What both sides have to agree on; in training by two steps."""
@@ -152,20 +154,21 @@ def draw_trunk() -> dict[str, Any]:
     """A random trunk whose running statistics are not those of a new one."""
     import jax
 
-    from ulsad_jax import pretrained
+    from ulsad_jax import pretrained, torch_import
 
-    trunk = pretrained.load_trunk(
+    arrays = pretrained.load_trunk(
         architecture=ARCHITECTURE, source="random", repository="", path="", seed=0
-    ).variables
+    ).arrays
+    trunk = torch_import.import_trunk(arrays, ARCHITECTURE)
     rng = np.random.default_rng(0)
     low = {"mean": -0.5, "var": 0.5}
-    drawn = jax.tree_util.tree_map_with_path(
+    trunk["batch_stats"] = jax.tree_util.tree_map_with_path(
         lambda path, x: rng.uniform(
             low[path[-1].key], low[path[-1].key] + 1, x.shape
         ).astype(np.float32),
         trunk["batch_stats"],
     )
-    return jax.device_put({"params": trunk["params"], "batch_stats": drawn})
+    return trunk
 
 
 def make_weights(trunk, statistics, variables):

@@ -10,7 +10,7 @@ import pytest
 from ulsad_jax.models.autoencoder import GlobalAutoencoder, decoder_sizes
 from ulsad_jax.models.local import LocalReconstructor
 from ulsad_jax.models.pyramid import FeaturePyramid
-from ulsad_jax.models.resnet import ARCHITECTURES, ResNet
+from ulsad_jax.models.resnet import ARCHITECTURES, ResNet, fold_batch_norm
 from ulsad_jax.models.ulsad import Ulsad
 
 SIZES = [(64, 64), (64, 96), (96, 64), (128, 128), (256, 256), (320, 224)]
@@ -94,6 +94,43 @@ def test_trunk_shapes(architecture):
 def test_trunk_parameters(architecture, parameters):
     variables, _ = shapes(ResNet(architecture), spec(1, 64, 64, 3))
     assert count(variables["params"]) == parameters
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_folded_trunk_has_a_bias_for_every_batch_norm(architecture):
+    image = spec(1, 64, 64, 3)
+    whole, _ = shapes(ResNet(architecture), image)
+    folded, _ = shapes(ResNet(architecture, folded=True), image)
+    assert folded.keys() == {"params"}
+    # Of scale, shift, mean and variance one number is left.
+    assert count(folded) == count(whole["params"]) - count(whole["batch_stats"]) / 2
+    ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), whole)
+    assert jax.tree.map(np.shape, fold_batch_norm(ones)) == jax.tree.map(
+        np.shape, folded
+    )
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_folded_trunk_computes_the_same(architecture):
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, *SMALL, 3)).astype(np.float32)
+    shape, _ = shapes(ResNet(architecture), image)
+    low = {"kernel": -0.1, "mean": -0.5, "bias": -0.5, "scale": 0.5, "var": 0.5}
+    width = {"kernel": 0.2}
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, x: np.float32(
+            low[path[-1].key] + width.get(path[-1].key, 1) * rng.random(x.shape)
+        ),
+        shape,
+    )
+    before = jax.device_get(variables)
+    expected = jax.jit(ResNet(architecture).apply)(variables, image)
+    found = jax.jit(ResNet(architecture, folded=True).apply)(
+        fold_batch_norm(variables), image
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -19,7 +19,7 @@ import pytest
 from tests.goldens import weights
 from tests.goldens.cut import cut
 from ulsad_jax import losses, scoring, torch_import
-from ulsad_jax.models.pyramid import FeaturePyramid
+from ulsad_jax.models.pyramid import FeaturePyramid, pyramid_variables
 from ulsad_jax.models.ulsad import Ulsad
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -116,7 +116,7 @@ def case(request):
     )
     images = weights.images(meta["batch"], size, seed=seed)
     pyramid = jax.jit(FeaturePyramid(architecture).apply)(
-        {kind: {"trunk": tree} for kind, tree in trunk.items()}, images
+        pyramid_variables(trunk), images
     )
     pyramid = np.asarray(pyramid)
     mean, std = channel_statistics(pyramid)

@@ -151,16 +151,15 @@ def make_extractor(
         statistics: to standardise features with; without them they are raw.
         devices: that have the images; by default one does.
     """
-    variables = {kind: {"trunk": tree} for kind, tree in trunk.items()}
     put = jax.device_put if devices is None else devices.replicate
-    variables, statistics = put((variables, statistics))
+    trunk, statistics = put((trunk, statistics))
 
     @jax.jit
-    def apply(variables, statistics, image):
-        raw = pyramid.apply(variables, image)
+    def apply(trunk, statistics, image):
+        raw = pyramid.apply(trunk, image)
         return raw if statistics is None else statistics.standardize(raw)
 
-    return lambda image: apply(variables, statistics, image)
+    return lambda image: apply(trunk, statistics, image)
 
 
 def keep(

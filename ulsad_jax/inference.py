@@ -24,7 +24,7 @@ class Weights:
     """Everything that turns an image into a score, as one tree.
 
     Attributes:
-        trunk: variables of the frozen trunk.
+        trunk: variables of the feature pyramid.
         statistics: of the feature channels.
         variables: of both networks.
         calibration: of the maps.
@@ -72,8 +72,7 @@ def make_predict_step(
 
     @jax.jit
     def predict(weights: Weights, image: UInt8[Array, "b h w 3"]) -> Prediction:
-        trunk = {kind: {"trunk": tree} for kind, tree in weights.trunk.items()}
-        features = weights.statistics.standardize(pyramid.apply(trunk, image))
+        features = weights.statistics.standardize(pyramid.apply(weights.trunk, image))
         outputs = model.apply(weights.variables, features, image, train=False)
         maps = scoring.raw_maps(outputs, image.shape[1:3])
         calibrated = scoring.calibrate_maps(maps, weights.calibration)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ulsad_jax import compilation, files, torch_import
 from ulsad_jax.errors import UserError
+from ulsad_jax.models.pyramid import pyramid_variables
 from ulsad_jax.models.resnet import ResNet
 
 # Trained on drawn images by ulsad_jax.pretrain; its metadata says how.
@@ -38,9 +39,16 @@ class TrunkIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-    """A frozen trunk: its identity and its Flax variables."""
+    """A frozen trunk.
+
+    Attributes:
+        identity: what tells it from others.
+        arrays: as published, under PyTorch's names, in float32.
+        variables: of the `pyramid.FeaturePyramid`, on the device.
+    """
 
     identity: TrunkIdentity
+    arrays: Mapping[str, np.ndarray]
     variables: Mapping[str, Any]
 
 
@@ -74,8 +82,7 @@ def save_trunk(trunk: Trunk, path: Path) -> None:
     """Writes a trunk with its identity to a .safetensors file, in PyTorch's names."""
     from safetensors.numpy import save
 
-    arrays = torch_import.export(trunk.variables)
-    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    arrays = {name: np.ascontiguousarray(a) for name, a in trunk.arrays.items()}
     files.replace(path, save(arrays, dataclasses.asdict(trunk.identity)))
 
 
@@ -89,7 +96,7 @@ def save_pretrained(
     """Writes a trunk to share: kernels in float16, the rest in float32.
 
     Args:
-        variables: of the trunk.
+        variables: of a `ResNet`, with batch norm.
         architecture: a key of `resnet.ARCHITECTURES`.
         path: of the .safetensors file, in PyTorch's names.
         about: where it comes from; kept in the file's metadata with the SHA-256.
@@ -167,17 +174,18 @@ def _draw(architecture: str, seed: int) -> Trunk:
 
 def _make(architecture: str, source: str, arrays: Mapping[str, np.ndarray]) -> Trunk:
     variables = torch_import.import_trunk(arrays, architecture)
+    arrays = torch_import.export(variables)
     digest = hashlib.sha256()
-    for name, value in sorted(torch_import.export(variables).items()):
+    for name, value in sorted(arrays.items()):
         if not np.isfinite(value).all():
             raise UserError(
                 f"Expected finite trunk weights, found NaN or infinity in {name!r} of "
                 f"{source}. Get the file again."
             )
         digest.update(f"{name}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value, np.float32).tobytes())
+        digest.update(np.ascontiguousarray(value).tobytes())
     identity = TrunkIdentity(architecture, source, digest.hexdigest())
-    return Trunk(identity, jax.device_put(variables))
+    return Trunk(identity, arrays, jax.device_put(pyramid_variables(variables)))
 
 
 def _download(repository: str) -> Path:

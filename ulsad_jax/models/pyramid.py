@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ulsad_jax.models.layers import normalize_image, resize
-from ulsad_jax.models.resnet import ResNet
+from ulsad_jax.models.resnet import ResNet, fold_batch_norm
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 FEATURE_CHANNELS = 384
 # Which outputs of the trunk are features; all are put on layer2's grid.
 LAYERS = {"layer2+layer3": (0, 1), "layer2": (0,), "layer3": (1,)}
+
+
+def pyramid_variables(trunk: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of a `FeaturePyramid`, as arrays of NumPy.
+
+    Args:
+        trunk: variables of a `ResNet`, with batch norm.
+    """
+    return {"params": {"trunk": fold_batch_norm(trunk)["params"]}}
 
 
 def feature_shape(image_size: tuple[int, int]) -> tuple[int, int, int]:
@@ -28,6 +38,8 @@ def feature_shape(image_size: tuple[int, int]) -> tuple[int, int, int]:
 
 class FeaturePyramid(nn.Module):
     """Layers of a trunk on one grid, pooled to 384 channels; as published, 2 and 3.
+
+    Its variables are `pyramid_variables`; batch norm is part of its convolutions.
 
     Attributes:
         architecture: of the trunk, a key of `resnet.ARCHITECTURES`.
@@ -41,7 +53,7 @@ class FeaturePyramid(nn.Module):
 
     def setup(self):
         """Makes the trunk."""
-        self.trunk = ResNet(self.architecture, self.dtype)
+        self.trunk = ResNet(self.architecture, self.dtype, folded=True)
 
     def __call__(
         self, image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]

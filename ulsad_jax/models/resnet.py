@@ -7,11 +7,14 @@ torchvision and timm, so that their weights fit.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 from jax.typing import DTypeLike
 
 from ulsad_jax.models.layers import BatchNorm, Conv
@@ -52,6 +55,7 @@ class Block(nn.Module):
         stride: of the block.
         bottleneck: which kind.
         dtype: computation type.
+        folded: see `ResNet`.
     """
 
     width: int
@@ -59,6 +63,7 @@ class Block(nn.Module):
     stride: int
     bottleneck: bool
     dtype: DTypeLike = jnp.float32
+    folded: bool = False
 
     @nn.compact
     def __call__(
@@ -70,15 +75,16 @@ class Block(nn.Module):
             plan += ((1, 1, self.features),)
         else:
             plan = ((3, self.stride, self.width), (3, 1, self.features))
+        conv = functools.partial(
+            _conv, dtype=self.dtype, folded=self.folded, train=train
+        )
         y = x
         for i, (kernel, stride, features) in enumerate(plan, start=1):
-            y = _conv(features, kernel, stride, self.dtype, f"conv{i}")(y)
-            y = BatchNorm(name=f"bn{i}")(y, train=train)
+            y = conv(y, features, kernel, stride, name=f"conv{i}")
             if i < len(plan):
                 y = nn.relu(y)
         if x.shape != y.shape:
-            x = _conv(self.features, 1, self.stride, self.dtype, "downsample_0")(x)
-            x = BatchNorm(name="downsample_1")(x, train=train)
+            x = conv(x, self.features, 1, self.stride, name="downsample_0")
         return nn.relu(x + y)
 
 
@@ -88,10 +94,13 @@ class ResNet(nn.Module):
     Attributes:
         architecture: a key of `ARCHITECTURES`.
         dtype: computation type.
+        folded: whether batch norm is part of the convolutions; its variables are then
+            `fold_batch_norm`'s.
     """
 
     architecture: str
     dtype: DTypeLike = jnp.float32
+    folded: bool = False
 
     @nn.compact
     def __call__(
@@ -105,9 +114,8 @@ class ResNet(nn.Module):
                 then be mutable.
         """
         bottleneck, blocks, width = ARCHITECTURES[self.architecture]
-        x = _conv(64, 7, 2, self.dtype, "conv1")(x)
-        x = nn.relu(BatchNorm(name="bn1")(x, train=train))
-        x = max_pool(x)
+        settings = {"dtype": self.dtype, "folded": self.folded}
+        x = max_pool(nn.relu(_conv(x, 64, 7, 2, name="conv1", train=train, **settings)))
         outputs = []
         for stage, count in enumerate(blocks):
             for i in range(count):
@@ -116,8 +124,8 @@ class ResNet(nn.Module):
                     features=64 * 2**stage * (4 if bottleneck else 1),
                     stride=2 if i == 0 and stage > 0 else 1,
                     bottleneck=bottleneck,
-                    dtype=self.dtype,
                     name=f"layer{stage + 1}_{i}",
+                    **settings,
                 )(x, train=train)
             outputs.append(x)
         return outputs[1], outputs[2]
@@ -138,15 +146,59 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
     return x
 
 
-def _conv(features: int, kernel: int, stride: int, dtype: DTypeLike, name: str) -> Conv:
-    """A convolution without bias that keeps the size at stride 1."""
-    return Conv(
+def fold_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folded `ResNet` computes the same outputs from, as arrays of NumPy.
+
+    Batch norm by running statistics multiplies every channel by a number and adds
+    another: the kernel takes the one, a bias the other.
+
+    Args:
+        variables: of a `ResNet` that is not folded.
+    """
+    params, stats = (
+        traverse_util.flatten_dict(variables[kind])
+        for kind in ("params", "batch_stats")
+    )
+    folded = {}
+    for path, kernel in params.items():
+        *block, conv, leaf = path
+        if leaf != "kernel":
+            continue
+        norm = (*block, _norm_of(conv))
+        var = np.asarray(stats[*norm, "var"], np.float64)
+        scale = params[*norm, "scale"] / np.sqrt(var + BatchNorm.epsilon)
+        bias = params[*norm, "bias"] - stats[*norm, "mean"] * scale
+        folded[path] = np.asarray(kernel * scale, np.float32)
+        folded[*block, conv, "bias"] = np.asarray(bias, np.float32)
+    return {"params": traverse_util.unflatten_dict(folded)}
+
+
+def _conv(
+    x: Float[Array, "b h w c"],
+    features: int,
+    kernel: int,
+    stride: int,
+    *,
+    name: str,
+    dtype: DTypeLike,
+    folded: bool,
+    train: bool,
+) -> Float[Array, "b oh ow features"]:
+    """A convolution that keeps the size at stride 1, and its batch norm."""
+    y = Conv(
         features,
         (kernel, kernel),
         stride,
         padding=kernel // 2,
-        use_bias=False,
+        use_bias=folded,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         dtype=dtype,
         name=name,
-    )
+    )(x)
+    return y if folded else BatchNorm(name=_norm_of(name))(y, train=train)
+
+
+def _norm_of(conv: str) -> str:
+    """The name of a convolution's batch norm."""
+    names = {"downsample_0": "downsample_1"}
+    return names.get(conv, conv.replace("conv", "bn"))

@@ -25,8 +25,11 @@ PATIENCE = 900  # seconds, for machines that are busy
 LONG = {"train.num_epochs": 5000}
 
 
-def start(config, workdir, count, *more):
-    """Starts `count` processes of train.py; returns them and the files they write."""
+def start(config, workdir, count, *more, last=()):
+    """Starts `count` processes of train.py; returns them and the files they write.
+
+    `more` are flags of all, `last` those of the last one alone.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,6 +45,7 @@ def start(config, workdir, count, *more):
             f"--num_processes={count}",
             f"--process_id={i}",
             *more,
+            *(last if i == count - 1 else ()),
         ]
         log = workdir.parent / f"{workdir.name}-{count}-{i}.log"
         command = [
@@ -175,6 +179,18 @@ def test_a_signal_to_one_stops_both_at_one_step_and_a_death_too(data, by_two, tm
     runs.train(runs.make_config(data, {"train.num_epochs": last}), workdir)
     assert [m["epoch"] for m in runs.read_metrics(workdir)] == list(range(1, last + 1))
     assert (workdir / "report.html").exists()
+
+
+def test_processes_with_other_configs(data, tmp_path):
+    """They would train something that is neither, or wait for each other for ever."""
+    last = ["--config.optimizer.learning_rate=1e-3", "--config.dataset.root=elsewhere"]
+    config = runs.make_config(data)
+    statuses, outputs = wait(start(config, tmp_path / "run", 2, last=last))
+    assert statuses == [1, 1], outputs
+    for output in outputs:
+        assert "same config, found another one than process 0's in process 1." in output
+        assert "elsewhere" not in output  # hosts may have the data in other places
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,23 @@ def codes(outputs):
     return outputs["global_code"].mean(1) + outputs["local_code"].mean((1, 2, 3))
 
 
+def dead(outputs):
+    return outputs["features"].mean((1, 2, 3))
+
+
+def spread(outputs):
+    each = outputs["local"].mean((1, 2, 3))
+    return (each - each.mean()) ** 2
+
+
+def spread_later(outputs, *, step):
+    return jnp.where(step > 500, 1.0, 0.0) * spread(outputs)
+
+
+def chosen(outputs, *, share=0.5):
+    return outputs["local"].mean((1, 2, 3)) * (2 if share > 0.3 else 1)
+
+
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_drawn_outputs_are_like_those_of_the_networks(activation):
     config = make_config(**{"model.output_activation": activation})
@@ -184,6 +201,31 @@ def test_codes_alone_train_nothing_that_maps_are_made_of():
     found = loss_check.check(make_config(["codes"]))
     assert "all of the local network (local, predicted_global)" in found
     assert "all of the global network (global_)" in found
+
+
+def test_a_term_that_trains_nothing_is_said():
+    config = make_config()
+    config.losses.mine = {"term": f"{HERE}:dead", "weight": 1.0}
+    assert loss_check.check(config) == (
+        "Loss term 'mine' has no gradient on random outputs: it trains nothing."
+    )
+
+
+@pytest.mark.parametrize("term", ["spread", "spread_later"])
+def test_a_term_of_the_batch_is_said(term):
+    """It would be another loss in a filled batch, and under pmap."""
+    config = make_config()
+    config.losses.mine = {"term": f"{HERE}:{term}", "weight": 1.0}
+    found = loss_check.check(config)
+    assert found.startswith("Loss term 'mine' gives an example another loss beside")
+    assert found.count("\n") == 0
+
+
+def test_python_conditions_on_a_traced_number():
+    loss_fn = losses.make_loss_fn({"mine": {"term": f"{HERE}:chosen", "weight": 1.0}})
+    outputs = loss_check.draw_outputs(make_config())
+    with pytest.raises(UserError, match=r"until the step runs.*neither `if`.*Correct"):
+        jax.jit(lambda n: loss_fn(outputs, numbers={"mine": {"share": n}}))(0.2)
 
 
 def test_schedules_that_begin_or_end_with_nothing():

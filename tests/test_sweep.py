@@ -255,9 +255,9 @@ def assert_same_sweep(found, expected):
     ):
         assert row["member"] == other["member"]
         for name, value in row.items():
-            if name in ("member", "setting", "category", "failure"):
+            if name in ("member", "setting", "category", "failure") or not value:
                 assert value == other[name]
-            elif not math.isnan(float(other[name])):
+            else:
                 assert float(value) == pytest.approx(float(other[name]), abs=3e-3), name
 
 
@@ -328,6 +328,30 @@ def test_diverging_member_leaves_the_others_alone(swept, data, tmp_path):
     assert best["by_validation_loss"]["member"] == good["member"]
     rows = read(tmp_path / "results.csv")
     assert [row["seeds"] for row in rows] == ["1", "0"]
+    for row in (rows[0]["image_auroc std"], rows[1]["image_auroc mean"], bad["aupro"]):
+        assert row == ""  # undefined
+
+
+def test_sweep_of_which_nothing_is_left_fails(data, tmp_path):
+    config = make_config(data, {"optimizer.learning_rate": (1e38,)}, category="cable")
+    with pytest.raises(UserError, match=r"found none:\n(.*\n)*.*failed: Expected fin"):
+        sweep.train(config, tmp_path)
+    assert len(read(tmp_path / "members.csv")) == 1
+
+
+def test_seed_is_one_column(swept):
+    header = (swept.workdir / "members.csv").read_text().splitlines()[0].split(",")
+    assert len(set(header)) == len(header)
+    assert "seed" in header
+
+
+@pytest.mark.parametrize("field", ["device_memory", "host_memory"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_memory_that_cannot_be(data, field, value):
+    config = make_config(data, {"seed": (0, 1)})
+    config.sweep[field] = value
+    with pytest.raises(UserError, match=rf"config\.sweep\.{field} to be gibibytes"):
+        grid.list_members(config, ["bottle"])
 
 
 def test_variants_of_other_programs_and_fusions(data, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from ulsad_jax import host_memory
+from ulsad_jax import errors, host_memory
 
 
 def begin(argv: list[str]) -> None:
@@ -85,6 +85,8 @@ def parse(argv: list[str], config: flags.FlagHolder) -> list[str]:
         found = error.args[0] if isinstance(error, KeyError) else error
         sys.exit(
             "error: Expected a config file, --config=<file>.py[:<category>], and "
-            f"fields of it, --config.<field>=<value>, found: {found}. See README, "
-            "section Configuration; configs/default.py has every field."
+            f"fields of it, --config.<field>=<value>, found: {errors.sentence(found)} "
+            "See README, section Configuration; configs/default.py has every field. A "
+            "number of a loss term has to be in the term's entry of the config file "
+            "before a flag can change it."
         )

@@ -21,12 +21,13 @@ from ulsad_jax.pretrained import BUILTIN_ARCHITECTURE
 BEST_TEST_AUROC = "best_test_auroc"
 SELECTIONS = ("last", "best_validation_loss", BEST_TEST_AUROC)
 WHITEN = ("auto", "always", "never")
+# Fields that say where something is.
+PLACE_FIELDS = ("dataset.root", "dataset.cache_dir", "trunk.path")
 # Fields that may change between two commands on one work directory: they leave what
 # was already trained as it is.
 FREE_FIELDS = (
     *("train.num_epochs", "train.checkpoint_every", "evaluation."),
-    *("parallel.", "train.feature_memory", "dataset.root", "dataset.cache_dir"),
-    "trunk.path",
+    *("parallel.", "train.feature_memory", *PLACE_FIELDS),
 )
 
 
@@ -138,6 +139,13 @@ def validate(config: ConfigDict) -> None:
             "Expected config.trunk.path to name a file, as config.trunk.source is "
             '"file", found nothing. Set it with --config.trunk.path=...'
         )
+
+
+def describe(config: ConfigDict) -> str:
+    """All fields but those that say where files are, which hosts may differ in."""
+    return repr(
+        [f for f in sorted(flatten(config)) if not f[0].startswith(PLACE_FIELDS)]
+    )
 
 
 def whitens(config: ConfigDict) -> bool:

@@ -43,6 +43,12 @@ class UserError(Exception):
     """
 
 
+def sentence(found: object) -> str:
+    """What another program said, within a message: it ends with one mark."""
+    text = str(found).rstrip(" .")
+    return text if text.endswith(("?", "!")) else f"{text}."
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the closest known one, if any."""
     close = difflib.get_close_matches(name, known, n=1)

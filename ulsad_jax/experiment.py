@@ -37,6 +37,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
         errors.Interrupted: by a signal, after saving.
     """
     config_lib.validate(config)
+    hosts.check_same(config_lib.describe(config), "config")
     devices = parallel.find_devices(config.parallel.devices)
     parallel.check_trainable(devices, config.train.batch_size, config.parallel.backend)
     compilation.draw_by_kernel()

@@ -7,6 +7,7 @@ one process nothing here does anything.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from ulsad_jax.errors import UserError
+from ulsad_jax.errors import UserError, sentence
 
 SHUTDOWN_SECONDS = 10  # that a failing process gives the others to fail, too
 
@@ -51,6 +53,7 @@ def joined(
     """
     # JAX's preemption service would take SIGTERM away from the trainer.
     jax.config.update("jax_enable_preemption_service", False)
+    print("Waiting for the other processes, up to five minutes.", flush=True)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -62,9 +65,9 @@ def joined(
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             "Expected to find and join the other processes of this run, found: "
-            f"{error!s:.300}. Start it with srun, in Kubernetes or on a TPU pod, or "
-            "give every process --coordinator=host:port, --num_processes= and "
-            "--process_id=."
+            f"{sentence(str(error)[:300])} Start it with srun, in Kubernetes or on a "
+            "TPU pod, or give every process --coordinator=host:port, --num_processes= "
+            "and --process_id=."
         ) from error
     try:
         # At once: on CPUs the first one connects them, and gives up after 30 seconds.
@@ -95,6 +98,27 @@ def gather(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def check_same(text: str, what: str) -> None:
+    """Refuses to go on where processes have different texts.
+
+    Args:
+        text: this process's.
+        what: it is, for the message.
+
+    Raises:
+        UserError: in every process; it says which ones differ from process 0.
+    """
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = gather(digest[None])
+    others = np.flatnonzero((digests != digests[0]).any(1))
+    if others.size:
+        raise UserError(
+            f"Expected all processes to have the same {what}, found another one than "
+            f"process 0's in process {', '.join(map(str, others))}. Give every process "
+            "the same command but for --process_id."
+        )
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def check(config: ConfigDict) -> str:
     """Tries every term on two drawn images' worth of outputs.
 
     Returns:
-        A warning that names outputs which nothing trains, or "".
+        Warnings, a line each, or "": of outputs which nothing trains, terms which train
+        nothing, and terms in which an example's loss depends on the others.
 
     Raises:
         UserError: see `losses.make_loss_fn`; a term whose shape, values or gradients
@@ -39,15 +40,28 @@ def check(config: ConfigDict) -> str:
     """
     loss_fn = make_loss_fn(config.losses)
     outputs = draw_outputs(config)
-    untrained = set(SCORED)
+    untrained, idle, coupled = set(SCORED), set(config.losses), set()
     for step in STEPS:
         values, gradients = differentiate(loss_fn, outputs, step)
         if error := find_not_finite(values, gradients, "on random outputs"):
             raise UserError(error)
         untrained &= set(find_untrained(gradients[TOTAL]))
-        if not untrained:
+        idle -= {n for n, g in gradients.items() if any(map(jnp.any, g.values()))}
+        coupled |= find_coupled(loss_fn, outputs, values, step)
+        if not untrained | idle:
             break
-    return describe_untrained(untrained)
+    warnings = [describe_untrained(untrained)] if untrained else []
+    warnings += [
+        f"Loss term {name!r} has no gradient on random outputs: it trains nothing."
+        for name in sorted(idle)
+    ]
+    warnings += [
+        f"Loss term {name!r} gives an example another loss beside others than alone: "
+        "it will depend on how batches are filled up and split over devices. Compute "
+        "each example by itself."
+        for name in sorted(coupled)
+    ]
+    return "\n".join(warnings)
 
 
 def draw_outputs(config: ConfigDict) -> Outputs:
@@ -140,6 +154,30 @@ def find_not_finite(
                 "jnp.sqrt(x**2 + 1e-6)."
             )
     return ""
+
+
+def find_coupled(
+    loss_fn: LossFn, outputs: Outputs, values: Mapping[str, float], step: int
+) -> set[str]:
+    """The terms that are not the mean of what they are for each example alone.
+
+    Args:
+        loss_fn: see `losses.make_loss_fn`.
+        outputs: of the networks.
+        values: of the terms on all examples.
+        step: updates so far.
+    """
+
+    @jax.jit
+    @jax.vmap
+    def alone(example):
+        return loss_fn(jax.tree.map(lambda x: x[None], example), step=step)[1]
+
+    return {
+        name
+        for name, each in alone(dict(outputs)).items()
+        if not np.isclose(values[name], each.mean(), rtol=1e-3, atol=1e-6)
+    }
 
 
 def find_untrained(gradient: Mapping[str, Float[Array, "..."]]) -> list[str]:

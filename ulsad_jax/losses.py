@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax.errors import UserError, suggest
+from ulsad_jax.errors import UserError, sentence, suggest
 from ulsad_jax.models.ulsad import Outputs
 
 if TYPE_CHECKING:
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 COSINE_EPSILON = 1e-8
 TOTAL = "total"  # what the sum of all terms is called, so no term can be
 STEP = "step"  # the keyword by which a term asks for the number of updates so far
+# What JAX raises where Python asks for the value of a traced array.
+_WITHOUT_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 def distance(
@@ -171,11 +177,18 @@ class _Entry(NamedTuple):
                 self.term.__code__.co_filename if hasattr(self.term, "__code__") else ""
             )
             place = ([f for f in frames if f.filename == file] or frames)[-1]
+            found = (
+                "a value asked of what has none until the step runs, as outputs and "
+                "the numbers that a sweep varies. Use neither `if`, int() nor float() "
+                "on them, nor shapes made of them; jnp.where chooses"
+                if isinstance(error, _WITHOUT_VALUE)
+                else error
+            )
             raise UserError(
                 f"Expected loss term {name!r} ({self.reference}) to compute one loss "
                 f"an example, found {type(error).__name__} in {place.filename}, line "
-                f"{place.lineno}: {error} Correct the term, or the numbers it has from "
-                f"config.losses.{name} ({self.hyperparameters})."
+                f"{place.lineno}: {sentence(found)} Correct the term, or the numbers "
+                f"it has from config.losses.{name} ({self.hyperparameters})."
             ) from error
         shape = (outputs["features"].shape[0],)
         expected = (

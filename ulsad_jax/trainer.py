@@ -264,11 +264,11 @@ class Trainer:
     def _count(self, step: int, losses: Mapping[str, jax.Array]) -> None:
         """Adds a step's losses to the epoch's; `step` is the update they belong to."""
         values = {name: float(value) for name, value in losses.items()}
-        self._check_finite(values, f"at step {step}")
+        self._check_finite(values, f"at step {step}", updates=step - 1)
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def _check_finite(self, losses: Losses, where: str) -> None:
+    def _check_finite(self, losses: Losses, where: str, *, updates: int) -> None:
         wrong = [name for name, value in losses.items() if not np.isfinite(value)]
         if wrong:
             terms = [name for name in wrong if name != training.TOTAL] or wrong
@@ -277,7 +277,8 @@ class Trainer:
                 f"{' and '.join(repr(t) for t in terms)} {where} of "
                 f"{self._category!r}. Checkpoints before it are kept. Lower "
                 "--config.optimizer.learning_rate, or look for constant images. The "
-                "gradients of a term of your own: python -m ulsad_jax.inspect_losses."
+                "gradients of a term of your own: python -m ulsad_jax.inspect_losses "
+                f"--step={updates}."
             )
 
     def _end_epoch(self, epoch: int, seconds: float) -> None:
@@ -291,7 +292,8 @@ class Trainer:
         if last or (epoch + 1) % config.checkpoint_every == 0:
             validation = self._validate(self._state.variables, step)
             # The losses above are from before the last update.
-            self._check_finite(validation.losses, f"in validation after step {step}")
+            where = f"in validation after step {step}"
+            self._check_finite(validation.losses, where, updates=step)
             record |= {f"validation/{k}": v for k, v in validation.losses.items()}
             metrics = {"validation_loss": validation.losses[training.TOTAL]}
             if self._score_test is not None:

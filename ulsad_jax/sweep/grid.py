@@ -71,6 +71,12 @@ def list_members(config: ConfigDict, categories: Sequence[str]) -> list[Member]:
             f"Expected config.sweep.backend to be empty or {' or '.join(BACKENDS)}, "
             f"found {sweep.backend!r}. Set it with --config.sweep.backend=..."
         )
+    for field in ("device_memory", "host_memory"):
+        if not sweep[field] >= 0:
+            raise UserError(
+                f"Expected config.sweep.{field} to be gibibytes, or 0 for the default, "
+                f"found {sweep[field]!r}. Set it with --config.sweep.{field}=..."
+            )
     base = config.copy_and_resolve_references()
     with base.unlocked():
         del base.sweep

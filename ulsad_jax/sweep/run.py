@@ -88,7 +88,8 @@ def train(config: ConfigDict, workdir: Path) -> str:
         The table, and where to find the rest.
 
     Raises:
-        UserError: see `grid.list_members`, and `experiment.train`.
+        UserError: see `grid.list_members`, and `experiment.train`; no member could be
+            trained.
         errors.Interrupted: by a signal, after saving.
     """
     config_lib.validate(config)
@@ -119,7 +120,14 @@ def train(config: ConfigDict, workdir: Path) -> str:
         _train_program(same, traced, budget, config.sweep.backend)
     for job in jobs:
         _evaluate(job, with_fusions=config.sweep.fusions)
-    return summary.write(workdir, [_entry(job) for job in jobs], traced)
+    entries = [_entry(job) for job in jobs]
+    told = summary.write(workdir, entries, traced)
+    if all(entry.failure for entry in entries):
+        raise UserError(
+            f"Expected a member that could be trained, found none:\n{told}\nCorrect "
+            "the values in config.sweep, and give another --workdir."
+        )
+    return told
 
 
 def _check_workdir(workdir: Path) -> None:
@@ -202,8 +210,9 @@ def _train_program(
     tqdm.write(
         f"{len(left)} members in {len(waves)} wave{'s' * (len(waves) > 1)} of up to "
         f"{len(waves[0])}: {size / memory.GIB:.2f} GiB each by estimate, "
-        f"{budget.device / memory.GIB:.1f} GiB allowed on each of "
+        f"{budget.device / memory.GIB:.2f} GiB allowed on each of "
         f"{jax.device_count()} device(s)"
+        f"{', one member at least' * (size > budget.device)}"
     )
     model, loss_fn = training.make_model(config), make_loss_fn(config.losses)
     update = wave.make_update(model, loss_fn, config.optimizer.to_dict())

@@ -123,12 +123,16 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
         e.member.config.selection == config_lib.BEST_TEST_AUROC for e in entries
     )
     fields = list(dict.fromkeys(f for e in entries for f in e.member.fields))
+    fields = [field for field in fields if field != "seed"]  # which has a column
     names = list(dict.fromkeys(name for e in entries for name in e.metrics))
     files.replace_csv(
         workdir / "members.csv",
         [
             ["member", "setting", "category", "seed", *fields, "failure", *names],
-            *([*_describe(e, fields), *_pick(e.metrics, names)] for e in entries),
+            *(
+                [*_describe(e, fields), *(_number(e.metrics.get(n)) for n in names)]
+                for e in entries
+            ),
         ],
     )
     columns = [f"{name} {part}" for name in names for part in ("mean", "std")]
@@ -138,7 +142,7 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
             ["setting", "category", "seeds", "selected_on_test", *columns],
             *(
                 [g.setting, g.category, len(g.seeds), on_test]
-                + [t.get(n, math.nan) for n in names for t in (g.mean, g.std)]
+                + [_number(t.get(n)) for n in names for t in (g.mean, g.std)]
                 for g in groups
             ),
         ],
@@ -301,19 +305,19 @@ def _describe(entry: Entry, fields: Sequence[str]) -> list[Any]:
     return [member.name, member.setting, member.category, member.seed, *values, failure]
 
 
-def _pick(metrics: Mapping[str, float], names: Sequence[str]) -> list[float]:
-    return [metrics.get(name, math.nan) for name in names]
+def _number(value: float | None) -> float | str:
+    """As a CSV has it: empty where undefined."""
+    return "" if value is None or math.isnan(value) else value
 
 
 def _plot(path: Path, entries: Sequence[Entry], groups: Sequence[Group]) -> None:
     """Image AUROC of every member, and the mean of each group."""
     from matplotlib.figure import Figure
 
-    drawn = [g for g in groups if math.isfinite(g.mean.get(HEADLINE, math.nan))]
-    single = len({g.category for g in drawn}) == 1
-    figure = Figure(figsize=(8, 1.2 + 0.3 * len(drawn)), layout="constrained")
+    single = len({g.category for g in groups}) == 1
+    figure = Figure(figsize=(8, 1.4 + 0.3 * len(groups)), layout="constrained")
     axes = figure.subplots()
-    for y, g in enumerate(drawn):
+    for y, g in enumerate(groups):
         own = [
             100 * e.metrics[HEADLINE]
             for e in entries
@@ -321,10 +325,12 @@ def _plot(path: Path, entries: Sequence[Entry], groups: Sequence[Group]) -> None
             and HEADLINE in e.metrics
         ]
         axes.plot(own, [y] * len(own), "o", color="#2f76c9", alpha=0.6)
-        axes.plot(100 * g.mean[HEADLINE], y, "|", color="#c0392b", ms=16, mew=2)
-    labels = [g.setting if single else f"{g.setting}, {g.category}" for g in drawn]
-    axes.set_yticks(range(len(drawn)), labels)
+        mean = 100 * g.mean.get(HEADLINE, math.nan)
+        axes.plot(mean, y, "|", color="#c0392b", ms=16, mew=2)
+    labels = [g.setting if single else f"{g.setting}, {g.category}" for g in groups]
+    axes.set_yticks(range(len(groups)), labels)
+    axes.set_ylim(-0.5, len(groups) - 0.5)  # rows without a result, too
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("image AUROC in per cent: each member, and the mean over seeds")
+    axes.set_xlabel("image AUROC in per cent:\neach member, and the mean over seeds")
     figure.savefig(path, dpi=120)

@@ -64,7 +64,8 @@ def test_members_of_a_sweep_have_kernels_of_their_own():
 @pytest.mark.parametrize(
     ("x", "kernel", "stride", "expected"),
     [
-        ((8, 32, 32, 384), (5, 5, 384, 768), 1, 64),
+        # Its kernel and its outputs are transformed by one product each.
+        ((8, 32, 32, 384), (5, 5, 384, 768), 1, 64 + 2),
         ((8, 16, 16, 512), (3, 3, 512, 512), 1, 16),
         ((1, 16, 16, 512), (3, 3, 512, 512), 1, 16),
         ((1, 8, 8, 1536), (3, 3, 1536, 1536), 1, 0),  # the kernel is most of it

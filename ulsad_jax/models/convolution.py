@@ -36,7 +36,7 @@ MANY_OUTPUTS = 768
 # for compiling them from so many multiplications on.
 TILED_POSITIONS = {2: 1024, 3: 256, 5: 256}
 TILED_MULTIPLICATIONS = 2**29
-LARGE_TILE_POSITIONS = 4096  # of a 5 x 5, from where on tiles of 4 x 4 beat 2 x 2
+LARGE_TILE_POSITIONS = 1024  # of a 5 x 5, from where on tiles of 4 x 4 beat 2 x 2
 MANY_IMAGES = 32  # batches from here on are cut for the kernel's gradient
 CHUNK_ELEMENTS = 2**20  # of the taps held at once
 _LAYOUT = ("NHWC", "HWIO", "NHWC")

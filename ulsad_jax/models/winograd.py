@@ -22,10 +22,13 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    Grid = Sequence[Sequence[Array]]
+    Grid = Sequence[Sequence[Array]] | Array
 
 # Where polynomials are evaluated, besides at infinity: small numbers, small errors.
 POINTS = (0, 1, -1, 2, -2, 0.5, -0.5)
+# From so many factors on, a transform is one product: XLA would compute the sums along
+# one axis anew for every sum along the other.
+LARGE_TRANSFORM = 24
 
 
 class Transforms(NamedTuple):
@@ -95,7 +98,7 @@ def _backward(padding, m, inputs, y):
         for rows in zip(values, cotangents, strict=True)
     ]
     to_kernel = _transform(transforms.kernel.T, products)
-    return to_x, jnp.stack([jnp.stack(row) for row in to_kernel])
+    return to_x, _stack(to_kernel)
 
 
 convolve.defvjp(_forward, _backward)
@@ -114,8 +117,8 @@ def _multiply(
         [_flat(value) @ kernel for value, kernel in zip(*pair, strict=True)]
         for pair in zip(values, kernels, strict=True)
     ]
-    y = [jnp.stack(row) for row in _transform(transforms.output.T, products)]
-    y = jnp.stack(y).reshape(m, m, b, rows, columns, -1).transpose(2, 3, 0, 4, 1, 5)
+    y = _stack(_transform(transforms.output.T, products))
+    y = y.reshape(m, m, b, rows, columns, -1).transpose(2, 3, 0, 4, 1, 5)
     return y.reshape(b, rows * m, columns * m, -1)[:, :height, :width]
 
 
@@ -154,8 +157,19 @@ def _transform_tiles(
 
 def _transform(matrix: Float[np.ndarray, "a n"], grid: Grid) -> Grid:
     """The product of the matrix, a grid of n x n arrays, and the matrix transposed."""
+    if matrix.size >= LARGE_TRANSFORM:
+        stacked, (a, n) = _stack(grid), matrix.shape
+        both = jnp.asarray(np.kron(matrix, matrix), stacked.dtype)
+        return (both @ stacked.reshape(n * n, -1)).reshape(a, a, *stacked.shape[2:])
     rows = [_mix(matrix, column) for column in zip(*grid, strict=True)]
     return [_mix(matrix, row) for row in zip(*rows, strict=True)]
+
+
+def _stack(grid: Grid) -> Float[Array, "rows columns ..."]:
+    """A grid of arrays as one array."""
+    if isinstance(grid, jax.Array):
+        return grid
+    return jnp.stack([jnp.stack(list(row)) for row in grid])
 
 
 def _mix(matrix: Float[np.ndarray, "a n"], arrays: Sequence[Array]) -> list[Array]:

@@ -68,8 +68,12 @@ def copy(run: Run, folder: Path) -> Run:
 
 
 def read_steps(workdir: Path, category: str = "bottle") -> list[int]:
-    """The steps of the whole checkpoints, not of what a killed save left."""
-    folder = workdir / category / "checkpoints"
+    """The steps of a run's checkpoints."""
+    return list_steps(workdir / category / "checkpoints")
+
+
+def list_steps(folder: Path) -> list[int]:
+    """The steps of whole checkpoints in a folder, not of what a killed save left."""
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.runs import assert_same_arrays
+from tests.runs import assert_same_arrays, list_steps
 from ulsad_jax.checkpoint import CheckpointStore
 from ulsad_jax.errors import UserError
 
@@ -40,10 +40,6 @@ def save(store, step, loss=None, **metrics):
     store.wait()
 
 
-def read_steps(folder):
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-
-
 def test_round_trip(tmp_path):
     with open_store(tmp_path) as store:
         assert store.latest() is None
@@ -67,11 +63,11 @@ def test_last_and_best_are_kept(tmp_path):
         for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
             save(store, step, loss)
         assert (store.select(best=True), store.select(best=False)) == (2, 4)
-    assert read_steps(tmp_path) == [2, 4]
+    assert list_steps(tmp_path) == [2, 4]
     with open_store(tmp_path) as store:
         save(store, 5, 0.5)
         assert store.select(best=True) == store.select(best=False) == 5
-    assert read_steps(tmp_path) == [5]
+    assert list_steps(tmp_path) == [5]
 
 
 def test_best_may_be_the_largest(tmp_path):
@@ -79,7 +75,7 @@ def test_best_may_be_the_largest(tmp_path):
         for step, auroc in ((1, 0.3), (2, 0.9), (3, 0.5)):
             save(store, step, auroc=auroc)
         assert store.select(best=True) == 2
-    assert read_steps(tmp_path) == [2, 3]
+    assert list_steps(tmp_path) == [2, 3]
 
 
 def test_checkpoint_within_an_epoch_is_no_reason_for_a_warning(tmp_path, caplog):
@@ -89,7 +85,7 @@ def test_checkpoint_within_an_epoch_is_no_reason_for_a_warning(tmp_path, caplog)
         save(store, 3)
         save(store, 4, loss=2.0)
         assert store.select(best=True) == 2
-    assert read_steps(tmp_path) == [2, 4]
+    assert list_steps(tmp_path) == [2, 4]
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == []
 
 

@@ -33,6 +33,7 @@ CANCELLED_BIAS = re.compile(r"(local|global)/(?!deconv8)\w*conv\d\.bias")
 
 
 class Case(NamedTuple):
+    architecture: str
     golden: dict
     variables: dict
     pyramid: np.ndarray
@@ -121,7 +122,9 @@ def case(request):
     pyramid = np.asarray(pyramid)
     mean, std = channel_statistics(pyramid)
     features = ((pyramid - mean) / std).astype(np.float32)
-    return Case(golden, jax.device_put(variables), pyramid, features, images)
+    return Case(
+        architecture, golden, jax.device_put(variables), pyramid, features, images
+    )
 
 
 def channel_statistics(pyramid):
@@ -268,6 +271,8 @@ def test_map_after_training(case, trained):
     name = "map_combined_after_training"
     _, maps = raw_maps(case, trained.variables)
     ours = cut(name, np.asarray(scoring.fuse(maps, scoring.Calibration())))
-    # Made of those statistics: 0.8e-2 on two cores and 1.6e-2 on one, whose sums are
-    # taken in another order, with the same code; 0.1e-2 to 0.5e-2 with the wider trunk.
-    assert relative_error(ours, case.golden[name]) < 3e-2
+    # Made of those statistics. With resnet18 the same code has 0.8e-2 on two cores and
+    # 1.6e-2 on one, whose sums are taken in another order; with the other trunk 0.5e-2
+    # at most.
+    bound = 3e-2 if case.architecture == "resnet18" else 1e-2
+    assert relative_error(ours, case.golden[name]) < bound

@@ -183,7 +183,7 @@ def _make(architecture: str, source: str, arrays: Mapping[str, np.ndarray]) -> T
                 f"{source}. Get the file again."
             )
         digest.update(f"{name}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
+        digest.update(value.tobytes())
     identity = TrunkIdentity(architecture, source, digest.hexdigest())
     return Trunk(identity, arrays, jax.device_put(pyramid_variables(variables)))
 

@@ -169,7 +169,7 @@ def _stack(grid: Grid) -> Float[Array, "rows columns ..."]:
     """A grid of arrays as one array."""
     if isinstance(grid, jax.Array):
         return grid
-    return jnp.stack([jnp.stack(list(row)) for row in grid])
+    return jnp.stack([jnp.stack(row) for row in grid])
 
 
 def _mix(matrix: Float[np.ndarray, "a n"], arrays: Sequence[Array]) -> list[Array]:

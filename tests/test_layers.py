@@ -213,20 +213,23 @@ def test_transposed_conv_on_gpus(monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1)])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"),
+    [((3, 3), 1, 1), ((3, 3), 2, 1), ((5, 5), 1, 2), ((7, 8), 1, 0), ((5, 3), 2, 1)],
+)
 @pytest.mark.parametrize("chunk", [1, 2**12, 2**30])
-def test_kernel_gradient_of_a_large_batch(size, stride, chunk, monkeypatch):
+def test_kernel_gradient_of_a_large_batch(size, stride, padding, chunk, monkeypatch):
     """Whatever number of images is taken at once."""
     monkeypatch.setattr(convolution, "CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr(convolution, "MANY_MULTIPLICATIONS", 0)
     rng = np.random.default_rng(4)
     x = rng.normal(size=(36, 7, 8, 3)).astype(np.float32)
-    kernel = rng.normal(size=(size, size, 3, 5)).astype(np.float32)
+    kernel = rng.normal(size=(*size, 3, 5)).astype(np.float32)
 
     def loss(x, kernel, images):
         parts = x.reshape(-1, images, *x.shape[1:])
         convolve = functools.partial(
-            convolution.convolve, stride=stride, padding=size // 2
+            convolution.convolve, stride=stride, padding=padding
         )
         return sum(jnp.sin(convolve(part, kernel)).sum() for part in parts)
 

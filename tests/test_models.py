@@ -161,6 +161,23 @@ def test_output_shapes(size):
     assert features.shape == (*grid, 384)
 
 
+@pytest.mark.parametrize(
+    ("batch", "size"), [(32, (224, 256)), (8, (160, 1024)), (16, (160, 640))]
+)
+def test_encoder_of_an_oblong_image_can_be_trained(batch, size):
+    """Its last kernel is as large as the grid that it sees: 7 x 8, 5 x 32, 5 x 20."""
+    model, image = GlobalAutoencoder(8), spec(batch, *size, 3)
+    variables, _ = shapes(model, image, train=False)
+
+    def loss(variables, image):
+        output, code = model.apply(variables, image, train=False)
+        return output.sum() + code.sum()
+
+    found = jax.eval_shape(jax.grad(loss), variables, image)
+    kernel = found["params"]["enconv6"]["kernel"]
+    assert kernel.shape == (size[0] // 32, size[1] // 32, 64, 64)
+
+
 def test_parameter_counts():
     local, _ = shapes(LocalReconstructor(), spec(1, 32, 32, 384), train=False)
     global_, _ = shapes(GlobalAutoencoder(384), spec(1, 256, 256, 3), train=False)

@@ -134,9 +134,11 @@ def _is_small(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> 
     return _multiplications(x, kernel) < MANY_MULTIPLICATIONS
 
 
-def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]) -> int | None:
+def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> int | None:
     """The tile of `winograd.convolve` that is the fastest on CPUs, if one is."""
-    size, positions = len(kernel), _positions(x)
+    (size, width, *_), positions = kernel.shape, _positions(x)
+    if size != width:
+        return None
     if x.dtype != jnp.float32 or positions < TILED_POSITIONS.get(size, math.inf):
         return None
     if _multiplications(x, kernel) < TILED_MULTIPLICATIONS:
@@ -200,37 +202,10 @@ def _lower(
 def _with_chunked_kernel_gradient(
     native: Callable, stride: int, padding: int
 ) -> Callable:
-    """`native`, with the kernel's gradient as matrix products of a few images on CPUs.
-
-    The taps of a few images stay in the cache; those of a large batch would not.
-    """
+    """`native`; on CPUs, a large batch's gradient to the kernel is products."""
 
     def by_chunks(x, kernel, y):
-        size, _, i, o = kernel.shape
-        rows, columns = y.shape[1:3]
-        share = CHUNK_ELEMENTS // (rows * columns * size * size * i)
-        per_chunk = next(
-            n for n in range(max(1, min(share, len(x))), 0, -1) if len(x) % n == 0
-        )
-
-        def add(total, chunk):
-            x, y = chunk
-            x = _pad(x, padding)
-            taps = [
-                x[:, r : r + stride * rows : stride, s : s + stride * columns : stride]
-                for r in range(size)
-                for s in range(size)
-            ]
-            taps = jnp.concatenate(taps, axis=-1).reshape(-1, size * size * i)
-            product = jnp.matmul(
-                taps.T, y.reshape(-1, o), preferred_element_type=jnp.float32
-            )
-            return total + product, None
-
-        split = [a.reshape(-1, per_chunk, *a.shape[1:]) for a in (x, y)]
-        start = jnp.zeros((size * size * i, o), jnp.float32)
-        total, _ = jax.lax.scan(add, start, tuple(split))
-        return total.reshape(kernel.shape).astype(kernel.dtype)
+        return _kernel_gradient_by_chunks(_pad(x, padding), kernel, y, stride)
 
     def whole(x, kernel, y):
         return jax.vjp(lambda kernel: native(x, kernel), kernel)[1](y)[0]
@@ -248,6 +223,36 @@ def _with_chunked_kernel_gradient(
     function = jax.custom_vjp(native)
     function.defvjp(lambda x, kernel: (native(x, kernel), (x, kernel)), backward)
     return function
+
+
+def _kernel_gradient_by_chunks(
+    x: Float[Array, "b h w i"],
+    kernel: Float[Array, "kh kw i o"],
+    y: Float[Array, "b oh ow o"],
+    stride: int,
+) -> Float[Array, "kh kw i o"]:
+    """An unpadded convolution's gradient to its kernel, a product for a few images.
+
+    The taps of a few images stay in the cache; those of a large batch would not.
+    """
+    *window, o = kernel.shape
+    share = CHUNK_ELEMENTS // (math.prod(y.shape[1:3]) * math.prod(window))
+    per_chunk = next(
+        n for n in range(max(1, min(share, len(x))), 0, -1) if len(x) % n == 0
+    )
+
+    def add(total, chunk):
+        x, y = chunk
+        taps = _gather_taps(x, kernel, stride)
+        product = jnp.matmul(
+            taps.T, y.reshape(-1, o), preferred_element_type=jnp.float32
+        )
+        return total + product, None
+
+    split = [a.reshape(-1, per_chunk, *a.shape[1:]) for a in (x, y)]
+    start = jnp.zeros((math.prod(window), o), jnp.float32)
+    total, _ = jax.lax.scan(add, start, tuple(split))
+    return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _double(
@@ -306,21 +311,31 @@ def _convolve_taps(
     x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int
 ) -> Float[Array, "b oh ow o"]:
     """An unpadded convolution as one matrix product over all taps."""
-    kh, kw, i, o = kernel.shape
-    rows, columns = (
-        (n - k) // stride + 1 for n, k in zip(x.shape[1:3], (kh, kw), strict=True)
-    )
-    ends = stride * (rows - 1) + 1, stride * (columns - 1) + 1
+    outputs = kernel.shape[-1]
+    product = _multiply(_gather_taps(x, kernel, stride), kernel.reshape(-1, outputs))
+    return product.reshape(-1, *_output_size(x, kernel, stride), outputs)
+
+
+def _gather_taps(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int
+) -> Float[Array, "b*oh*ow kh*kw*i"]:
+    """What an unpadded convolution multiplies, a row for every position."""
+    kh, kw, i, _ = kernel.shape
+    ends = [stride * (n - 1) + 1 for n in _output_size(x, kernel, stride)]
     taps = [
         x[:, r : r + ends[0] : stride, s : s + ends[1] : stride]
         for r in range(kh)
         for s in range(kw)
     ]
-    product = _multiply(
-        jnp.concatenate(taps, axis=-1).reshape(-1, kh * kw * i),
-        kernel.reshape(kh * kw * i, o),
-    )
-    return product.reshape(-1, rows, columns, o)
+    return jnp.concatenate(taps, axis=-1).reshape(-1, kh * kw * i)
+
+
+def _output_size(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int
+) -> list[int]:
+    """Rows and columns of an unpadded convolution."""
+    sizes = zip(x.shape[1:3], kernel.shape[:2], strict=True)
+    return [(n - k) // stride + 1 for n, k in sizes]
 
 
 @jax.custom_vjp

@@ -130,7 +130,7 @@ def make_measure():
         return judge_nn.make_measure(pool=_POOL.value, whiten=_WHITEN.value)
     import judge_ulsad
 
-    return judge_ulsad.make_measure(
+    return judge_ulsad.Measure(
         epochs=_EPOCHS.value,
         seeds=[int(s) for s in _RUNS.value],
         size=_SIZE.value,

@@ -15,11 +15,10 @@ from ulsad_jax.models.pyramid import FeaturePyramid
 LOCAL, GLOBAL, PIXEL = "local map", "global map", "pixel_auroc"
 
 
-def make_measure(*, epochs: int, seeds: list[int], size: int, whiten: bool):
-    """Returns `measure(trunk, category) -> {name: AUROC}`.
+class Measure:
+    """Image AUROC in 0..1 of ULSAD on a trunk, of one category's test images.
 
-    The names are types, for the AUROC of their images; `LOCAL` and `GLOBAL`, for the
-    mean over types when an image's score is the maximum of that map alone; `PIXEL`.
+    Programs are made once: all trunks, categories and seeds share what is compiled.
 
     Args:
         epochs: of training.
@@ -27,80 +26,87 @@ def make_measure(*, epochs: int, seeds: list[int], size: int, whiten: bool):
         size: side of the images in pixels.
         whiten: whether features are whitened, whatever the trunk.
     """
-    config = quickstart.get_config()
-    config.train.num_epochs = epochs
-    pyramid = FeaturePyramid(config.trunk.architecture)
-    model = training.make_model(config)
-    optimizer = training.make_optimizer(**config.optimizer)
-    loss_fn = make_loss_fn(config.losses)
-    # Made once, so that every trunk, category and seed shares what is compiled.
-    apply = jax.jit(pyramid.apply)
-    predict = inference.make_predict_step(pyramid, model)
-    step = training.make_train_step(model, loss_fn, optimizer)
-    maps_of = jax.jit(
-        lambda variables, x, image: scoring.raw_maps(
-            model.apply(variables, x, image, train=False), (size, size)
-        )
-    )
-    batch = config.evaluation.batch_size
 
-    def extract(trunk, images):
+    def __init__(self, *, epochs: int, seeds: list[int], size: int, whiten: bool):
+        self.config = config = quickstart.get_config()
+        self.epochs, self.seeds, self.size, self.whiten = epochs, seeds, size, whiten
+        pyramid = FeaturePyramid(config.trunk.architecture)
+        self.model = model = training.make_model(config)
+        self.optimizer = training.make_optimizer(**config.optimizer)
+        self.apply_pyramid = jax.jit(pyramid.apply)
+        self.predict = inference.make_predict_step(pyramid, model)
+        self.step = training.make_train_step(
+            model, make_loss_fn(config.losses), self.optimizer
+        )
+        self.maps = jax.jit(
+            lambda variables, x, image: scoring.raw_maps(
+                model.apply(variables, x, image, train=False), (size, size)
+            )
+        )
+
+    def __call__(self, trunk, category) -> dict[str, float]:
+        """By type, its images' AUROC; `LOCAL`, `GLOBAL`; `PIXEL`, the pixels'.
+
+        `LOCAL` and `GLOBAL` are means over types when an image's score is the maximum
+        of that map alone.
+        """
+        train = self._extract(trunk, category.train)
+        statistics = features.channel_statistics(train, whiten=self.whiten)
+        x = statistics.standardize(train)
+        held = statistics.standardize(self._extract(trunk, category.validation))
+        found = []
+        for seed in self.seeds:
+            variables = self._fit(x, category.train, category.name, seed)
+            weights = inference.Weights(
+                trunk.variables,
+                statistics,
+                variables,
+                self._calibrate(variables, held, category.validation),
+                Thresholds(),
+            )
+            found.append(self._score(weights, category))
+        return {name: float(np.mean([f[name] for f in found])) for name in found[0]}
+
+    def _extract(self, trunk, images):
         return features.extract(
-            lambda image: apply(trunk.variables, image),
-            _batches(images, batch),
+            lambda image: self.apply_pyramid(trunk.variables, image),
+            _batches(images, self.config.evaluation.batch_size),
             len(images),
         )[0]
 
-    def fit(x, images, name: str, seed: int) -> dict:
+    def _fit(self, x, images, name: str, seed: int) -> dict:
         """Trains from scratch; returns the networks' variables."""
-        count, rows_a_step = len(images), config.train.batch_size
+        count, rows_a_step = len(images), self.config.train.batch_size
         shapes = [(rows_a_step, *a.shape[1:]) for a in (x, images)]
         state = training.init_state(
-            model,
-            optimizer,
+            self.model,
+            self.optimizer,
             training.initial_key(seed, name),
             features=jax.ShapeDtypeStruct(shapes[0], jnp.float32),
             image=jax.ShapeDtypeStruct(shapes[1], jnp.uint8),
         )
         steps = training.steps_per_epoch(count, rows_a_step)
-        for epoch in range(epochs):
+        for epoch in range(self.epochs):
             order = training.epoch_order(count, seed=seed, category=name, epoch=epoch)
             for rows in order[: steps * rows_a_step].reshape(steps, -1):
-                state, _ = step(state, x[rows], images[rows])
+                state, _ = self.step(state, x[rows], images[rows])
         return state.variables
 
-    def calibrate(variables, x, images) -> scoring.Calibration:
+    def _calibrate(self, variables, x, images) -> scoring.Calibration:
+        count, batch = len(images), self.config.evaluation.batch_size
         maps = [
-            maps_of(variables, x[part], images[part])
-            for part in np.array_split(np.arange(len(images)), -(-len(images) // batch))
+            self.maps(variables, x[part], images[part])
+            for part in np.array_split(np.arange(count), -(-count // batch))
         ]
         local, global_ = (np.concatenate(m) for m in zip(*maps, strict=True))
-        return scoring.calibrate(local, global_, method=config.calibration)
+        return scoring.calibrate(local, global_, method=self.config.calibration)
 
-    def measure(trunk, category) -> dict[str, float]:
-        train = extract(trunk, category.train)
-        statistics = features.channel_statistics(train, whiten=whiten)
-        x = statistics.standardize(train)
-        held = statistics.standardize(extract(trunk, category.validation))
-        found = []
-        for seed in seeds:
-            variables = fit(x, category.train, category.name, seed)
-            weights = inference.Weights(
-                trunk.variables,
-                statistics,
-                variables,
-                calibrate(variables, held, category.validation),
-                Thresholds(),
-            )
-            found.append(_score(lambda image, w=weights: predict(w, image), category))
-        return {name: float(np.mean([f[name] for f in found])) for name in found[0]}
-
-    def _score(predict_one, category) -> dict[str, float]:
+    def _score(self, weights, category) -> dict[str, float]:
         prediction, truth = evaluation.predict_split(
-            predict_one,
-            _batches(category.test, batch, category),
+            lambda image: self.predict(weights, image),
+            _batches(category.test, self.config.evaluation.batch_size, category),
             types=category.types,
-            image_size=(size, size),
+            image_size=(self.size, self.size),
         )
         pixel = evaluation.pixel_level(
             truth.masks, truth.has_mask, prediction.anomaly_map
@@ -114,8 +120,6 @@ def make_measure(*, epochs: int, seeds: list[int], size: int, whiten: bool):
             GLOBAL: float(np.mean(list(by_type(prediction.global_score).values()))),
             PIXEL: pixel["pixel_auroc"],
         }
-
-    return measure
 
 
 def _batches(images, size: int, category=None):

@@ -122,32 +122,14 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
     on_test = any(
         e.member.config.selection == config_lib.BEST_TEST_AUROC for e in entries
     )
-    fields = list(dict.fromkeys(f for e in entries for f in e.member.fields))
-    fields = [field for field in fields if field != "seed"]  # which has a column
     names = list(dict.fromkeys(name for e in entries for name in e.metrics))
-    files.replace_csv(
-        workdir / "members.csv",
-        [
-            ["member", "setting", "category", "seed", *fields, "failure", *names],
-            *(
-                [*_describe(e, fields), *(_number(e.metrics.get(n)) for n in names)]
-                for e in entries
-            ),
-        ],
+    members, table_csv, document, plot = (
+        workdir / name
+        for name in ("members.csv", "results.csv", "results.json", "results.png")
     )
-    columns = [f"{name} {part}" for name in names for part in ("mean", "std")]
-    files.replace_csv(
-        workdir / "results.csv",
-        [
-            ["setting", "category", "seeds", "selected_on_test", *columns],
-            *(
-                [g.setting, g.category, len(g.seeds), on_test]
-                + [_number(t.get(n)) for n in names for t in (g.mean, g.std)]
-                for g in groups
-            ),
-        ],
-    )
-    document = {
+    files.replace_csv(members, _member_rows(entries, names))
+    files.replace_csv(table_csv, _group_rows(groups, names, on_test=on_test))
+    content = {
         "format": FORMAT,
         "selected_on_test": on_test,
         "traced": list(traced),
@@ -156,29 +138,14 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
             g._asdict() | {"mean": results.finite(g.mean), "std": results.finite(g.std)}
             for g in groups
         ],
-        "members": [
-            {
-                "name": e.member.name,
-                "setting": e.member.setting,
-                "category": e.member.category,
-                "seed": e.member.seed,
-                "fields": e.member.fields,
-                "failure": e.failure,
-                "step": e.step,
-                "metrics": results.finite(e.metrics),
-            }
-            for e in entries
-        ],
+        "members": [_describe(e) for e in entries],
     }
-    files.replace(workdir / "results.json", json.dumps(document, indent=2) + "\n")
+    files.replace(document, json.dumps(content, indent=2) + "\n")
     lines = [table(groups), *_tell(entries, best, on_test=on_test)]
     if any(HEADLINE in e.metrics for e in entries):
-        _plot(workdir / "results.png", entries, groups)
-        lines.append(f"Plot: {workdir / 'results.png'}")
-    lines.append(
-        f"Results: {workdir / 'results.json'}, {workdir / 'results.csv'}, "
-        f"{workdir / 'members.csv'}"
-    )
+        _plot(plot, entries, groups)
+        lines.append(f"Plot: {plot}")
+    lines.append(f"Results: {document}, {table_csv}, {members}")
     lines.append(f"Each member, as a run of its own: {workdir}/members/<member>")
     return "\n".join(lines)
 
@@ -298,11 +265,46 @@ def _cell(name: str, of: Group) -> str:
     return text if math.isnan(std) else f"{text} ± {scale * std:.{digits}f}"
 
 
-def _describe(entry: Entry, fields: Sequence[str]) -> list[Any]:
+def _describe(entry: Entry) -> dict[str, Any]:
+    """A member as results.json has it."""
     member = entry.member
-    values = [member.fields.get(field, "") for field in fields]
-    failure = entry.failure
-    return [member.name, member.setting, member.category, member.seed, *values, failure]
+    return {
+        "name": member.name,
+        "setting": member.setting,
+        "category": member.category,
+        "seed": member.seed,
+        "fields": member.fields,
+        "failure": entry.failure,
+        "step": entry.step,
+        "metrics": results.finite(entry.metrics),
+    }
+
+
+def _member_rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[Any]]:
+    """Members as a CSV's rows, with the fields that vary and the named metrics."""
+    fields = list(dict.fromkeys(f for e in entries for f in e.member.fields))
+    fields = [field for field in fields if field != "seed"]  # which has a column
+    rows = [["member", "setting", "category", "seed", *fields, "failure", *names]]
+    for e in entries:
+        member = e.member
+        rows.append(
+            [member.name, member.setting, member.category, member.seed]
+            + [member.fields.get(field, "") for field in fields]
+            + [e.failure, *(_number(e.metrics.get(name)) for name in names)]
+        )
+    return rows
+
+
+def _group_rows(
+    groups: Sequence[Group], names: Sequence[str], *, on_test: bool
+) -> list[list[Any]]:
+    """Groups as a CSV's rows, with mean and deviation of the named metrics."""
+    columns = [f"{name} {part}" for name in names for part in ("mean", "std")]
+    rows = [["setting", "category", "seeds", "selected_on_test", *columns]]
+    for g in groups:
+        numbers = [_number(part.get(n)) for n in names for part in (g.mean, g.std)]
+        rows.append([g.setting, g.category, len(g.seeds), on_test, *numbers])
+    return rows
 
 
 def _number(value: float | None) -> float | str:

@@ -114,6 +114,30 @@ def test_more_epochs_later_is_more_epochs_at_once(finished, data, tmp_path):
     runs.assert_same_category(tmp_path, finished.workdir)
 
 
+@pytest.mark.parametrize(
+    ("epoch", "step", "fewer"), [(None, None, 3), (2, 1, 2), (2, 2, 3)]
+)
+def test_fewer_epochs_later_are_refused(
+    finished, tmp_path, monkeypatch, epoch, step, fewer
+):
+    """After the last one, within a later one, and after one that was not validated."""
+    if epoch is None:
+        workdir = runs.copy(finished, tmp_path).workdir
+    else:
+        workdir = tmp_path / "run"
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, signal.SIGTERM, epoch, step)
+            with pytest.raises(Interrupted):
+                runs.train(finished.config, workdir)
+    config = finished.config.copy_and_resolve_references()
+    config.train.num_epochs = fewer
+    with pytest.raises(UserError, match=rf"num_epochs.*found {fewer},.*Raise it"):
+        runs.train(config, workdir)
+    if epoch is not None:
+        runs.train(finished.config, workdir)
+        runs.assert_same_category(workdir, finished.workdir)
+
+
 @needs_cpu
 def test_signal_to_the_program(finished, tmp_path):
     """Stopped by SIGTERM, killed while training, killed while saving: all one."""

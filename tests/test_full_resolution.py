@@ -177,6 +177,34 @@ def test_what_is_measured_by_default(config, expected):
     assert not config.get_config().evaluation.write_maps
 
 
+def test_maps_that_were_not_all_written_are_written_again(
+    finished, tmp_path, monkeypatch
+):
+    run = runs.copy(finished, tmp_path)
+    config = run.config.copy_and_resolve_references()
+    config.evaluation.write_maps = True
+
+    def stop_after_one(steps, title, **options):
+        for i in steps:
+            if "maps" in title and i:
+                raise KeyboardInterrupt
+            yield i
+
+    with monkeypatch.context() as patch:
+        patch.setattr(full_resolution, "progress", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(config, run.workdir)
+    maps = run.workdir / "maps/bottle/test"
+    assert len(list(maps.glob("*/*.tiff"))) == 1
+    runs.train(config, run.workdir)
+    assert len(list(maps.glob("*/*.tiff"))) == len(runs.read_scores(run.workdir))
+    before = {path: path.stat().st_mtime_ns for path in maps.glob("*/*.tiff")}
+    runs.train(config, run.workdir)  # nothing is left to do
+    config.evaluation.write_maps = False
+    runs.train(config, run.workdir)
+    assert before == {path: path.stat().st_mtime_ns for path in maps.glob("*/*.tiff")}
+
+
 def test_a_run_is_measured_and_its_maps_written_later(finished, tmp_path):
     run = runs.copy(finished, tmp_path)
     before = runs.read_results(run.workdir, "bottle")["metrics"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import types
 
 import jax
 import numpy as np
@@ -152,6 +153,24 @@ def test_pth_without_pytorch(tmp_path, monkeypatch):
     path = tmp_path / "resnet18.pth"
     path.write_bytes(b"PK")
     with pytest.raises(UserError, match="Install torch, or convert"):
+        load(path=path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"model": {"conv1.weight": 0}, "epoch": 3}, "a dict named 'model'"),
+        ({"state_dict": [1, 2]}, "a list"),
+        ("text", "a str"),
+    ],
+)
+def test_pth_that_holds_more_than_weights(content, found, tmp_path, monkeypatch):
+    """PyTorch is not among the requirements: what it would have read is given."""
+    torch = types.SimpleNamespace(Tensor=np.ndarray, load=lambda *_, **__: content)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    path = tmp_path / "resnet18.pth"
+    path.write_bytes(b"PK")
+    with pytest.raises(UserError, match=f"found: {found}. Save the model's state_dict"):
         load(path=path)
 
 

@@ -220,6 +220,7 @@ def test_another_config_in_the_same_folder(finished):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("architecture", "resnet99"),
         ("view_size", 48),
         ("view_size", 24),
         ("batch_size", 100),

@@ -309,3 +309,17 @@ def test_command_line(tmp_path):
     assert refused.returncode == 1
     assert "Remove that folder" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("train=5", "flags alone, found 'train=5'"), ("--image_size=64x80", "'64x80'")],
+)
+def test_wrong_command_line(argument, message, tmp_path):
+    flags = [f"--output={tmp_path}", "--category=tray", argument]
+    command = [sys.executable, "-m", "ulsad_jax.data.synthetic", *flags]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert message in refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not any(tmp_path.iterdir())

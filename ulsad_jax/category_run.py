@@ -123,13 +123,22 @@ class CategoryRun:
         """Whether nothing is left to train.
 
         Raises:
-            UserError: it was begun with another trunk.
+            UserError: it was begun with another trunk, or has been trained for longer.
         """
         latest = store.latest()
         if latest is None:
             return False
         trained.check_trunk(store, latest, self._trunk, self._folder)
-        return latest >= self.steps
+        if latest > self.steps or (
+            latest == self.steps and not store.is_complete(latest)
+        ):
+            epochs = self._config.train.num_epochs
+            raise UserError(
+                "Expected config.train.num_epochs to be raised, or as it was, found "
+                f"{epochs}, which are {self.steps} updates; {self._folder} has been "
+                f"trained for {latest}. Raise it, or train anew in another --workdir."
+            )
+        return latest == self.steps
 
     def make_trainer(
         self,
@@ -300,14 +309,15 @@ class CategoryRun:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the folder's results are those of this step, on these images."""
-        if self._config.evaluation.write_maps and not self._maps.exists():
-            return False
         path = self._folder / RESULTS
         try:
             document = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             return False
-        return self._origin(step).items() <= document.items()
+        wanted = self._origin(step)
+        if not wanted["write_maps"]:
+            del wanted["write_maps"]  # maps that were not asked for are no fault
+        return wanted.items() <= document.items()
 
     def _origin(
         self,
@@ -324,6 +334,7 @@ class CategoryRun:
             "selection": self._config.selection,
             "data": self._data.fingerprint,
             "original_resolution": self._config.evaluation.original_resolution,
+            "write_maps": self._config.evaluation.write_maps,
         }
 
     @property

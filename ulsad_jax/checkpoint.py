@@ -88,7 +88,7 @@ class CheckpointStore:
         decisions: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts to save; training may go on meanwhile.
+        """Starts to save; training may go on meanwhile. A saved step is left as it is.
 
         Args:
             step: number of updates so far.
@@ -103,6 +103,8 @@ class CheckpointStore:
             UserError: there is no room for it.
         """
         self.wait()
+        if step in self._manager.all_steps():
+            return
         self._check_room((model, optimizer))
         # Copies: the next step is given these very buffers to overwrite.
         model, optimizer = jax.tree.map(jnp.copy, (model, optimizer))
@@ -114,8 +116,6 @@ class CheckpointStore:
         for name, value in (("calibration", calibration), ("decisions", decisions)):
             if value is not None:
                 items[name] = ocp.args.JsonSave(dict(value))
-        if step in self._manager.all_steps():
-            return
         with storage_errors(self._folder):
             self._manager.save(
                 step,
@@ -129,6 +129,10 @@ class CheckpointStore:
         """The newest step, or None."""
         return self._manager.latest_step()
 
+    def is_complete(self, step: int) -> bool:
+        """Whether it was saved at the end of an epoch, with what it is ranked by."""
+        return self._metric in (self._manager.metrics(step) or {})
+
     def select(self, *, best: bool) -> int:
         """The step to evaluate: the newest complete one, or the best.
 
@@ -138,7 +142,7 @@ class CheckpointStore:
         ranked = [
             (self._rank(metrics) if best else step, step)
             for step in self._manager.all_steps()
-            if (metrics := self._manager.metrics(step)) and self._metric in metrics
+            if self.is_complete(step) and (metrics := self._manager.metrics(step))
         ]
         if not ranked:
             steps = list(self._manager.all_steps())

@@ -44,15 +44,16 @@ def _at_least(low: int) -> _Rule:
     return _Rule(lambda v: isinstance(v, int) and v >= low, f"an integer from {low} up")
 
 
-def _is_number(v: Any) -> bool:
+def is_number(v: Any) -> bool:
+    """Whether it is an integer or a float, and not a boolean."""
     return isinstance(v, int | float) and not isinstance(v, bool)
 
 
-_POSITIVE = _Rule(lambda v: _is_number(v) and v > 0, "a number above 0")
-_NOT_NEGATIVE = _Rule(lambda v: _is_number(v) and v >= 0, "a number from 0 up")
-_BELOW_ONE = _Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
-_SHARE = _Rule(lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
-_FRACTION = _Rule(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+_POSITIVE = _Rule(lambda v: is_number(v) and v > 0, "a number above 0")
+_NOT_NEGATIVE = _Rule(lambda v: is_number(v) and v >= 0, "a number from 0 up")
+_BELOW_ONE = _Rule(lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+_SHARE = _Rule(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")
+_FRACTION = _Rule(lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 _NOT_EMPTY = _Rule(lambda v: isinstance(v, str) and v != "", "some text")
 _BOOLEAN = _Rule(lambda v: isinstance(v, bool), "True or False")
 # JAX would take the remainder of a larger one, without a word.
@@ -234,7 +235,7 @@ def _get(config: ConfigDict, field: str) -> Any:
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The fields of a tree by their paths, with dots; a list is a tuple."""
     for name, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | Mapping):
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, tuple(value) if isinstance(value, list) else value

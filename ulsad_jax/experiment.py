@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -222,7 +221,7 @@ def collect(
         path = workdir / results.file_name(name) / RESULTS
         document = json.loads(path.read_text())
         metrics, decisions[name] = document["metrics"], document["decisions"]
-        rows[name] = {k: math.nan if v is None else v for k, v in metrics.items()}
+        rows[name] = results.with_nan(metrics)
     about = {
         "selection": config.selection,
         "selected_on_test": config.selection == config_lib.BEST_TEST_AUROC,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax import compilation, files, torch_import
+from ulsad_jax import compilation, errors, files, torch_import
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.pyramid import pyramid_variables
 from ulsad_jax.models.resnet import ResNet
@@ -239,10 +239,16 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, Mapping):
+            state = state.get("state_dict", state)
+        if not isinstance(state, Mapping):
+            raise ValueError(f"a {type(state).__name__}")
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"a {type(value).__name__} named {name!r}")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
-            f"Expected {path} to hold nothing but weights, found: {error}. Save the "
-            "model's state_dict() alone."
+            f"Expected {path} to hold nothing but weights by name, found: "
+            f"{errors.sentence(error)} Save the model's state_dict() alone."
         ) from error
-    state = state.get("state_dict", state)
     return {name: value.float().numpy() for name, value in state.items()}

@@ -18,7 +18,7 @@ from ulsad_jax import files
 from ulsad_jax.data.records import Record
 from ulsad_jax.inference import Prediction
 
-FORMAT = 1  # of results.json; a reader refuses what it does not know
+FORMAT = 1  # of results.json, to be raised when its fields change
 TABLE = {
     "image_auroc": "image AUROC",
     "image_auroc_mean_of_types": "mean of types",
@@ -132,6 +132,11 @@ def table(
 def finite(row: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has no NaN: an undefined metric is null."""
     return {k: v if math.isfinite(v) else None for k, v in row.items()}
+
+
+def with_nan(row: Mapping[str, float | None]) -> dict[str, float]:
+    """What `finite` made JSON of: null is NaN."""
+    return {k: math.nan if v is None else v for k, v in row.items()}
 
 
 def file_name(name: str) -> str:

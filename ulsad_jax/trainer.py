@@ -18,6 +18,7 @@ from ulsad_jax import hosts, parallel, scoring, training
 from ulsad_jax.decisions import Decisions, choose
 from ulsad_jax.errors import Diverged, Interrupted, UserError
 from ulsad_jax.features import ChannelStatistics, Kept, Streamed
+from ulsad_jax.losses import TOTAL
 from ulsad_jax.models.ulsad import Ulsad
 from ulsad_jax.progress import progress
 
@@ -65,7 +66,7 @@ def make_validation_step(
     def step(variables, features, image, valid, updates, numbers):
         outputs = model.apply(variables, features, image, train=False)
         total, terms = loss_fn(outputs, valid, step=updates, numbers=numbers)
-        return {training.TOTAL: total, **terms}, scoring.raw_maps(outputs, size)
+        return {TOTAL: total, **terms}, scoring.raw_maps(outputs, size)
 
     return step
 
@@ -196,10 +197,9 @@ class Trainer:
             backend=config.parallel.backend,
         )
         self._sums: Losses = {}  # of the losses of this epoch's steps
-        self._saved: int | None = None
 
-    def run(self) -> training.TrainState:
-        """Trains to the last epoch and returns the final state.
+    def run(self) -> None:
+        """Trains to the last epoch.
 
         Raises:
             Interrupted: by SIGTERM or SIGINT, after saving.
@@ -221,7 +221,6 @@ class Trainer:
                     self._store.wait()
                     raise Interrupted(stop[0] if stop else int(asked), step)
         self._store.wait()
-        return self._state
 
     def _run_epoch(self, epoch: int, stop: list[int]) -> None:
         """Takes the epoch's remaining steps, or those before a signal.
@@ -271,7 +270,7 @@ class Trainer:
     def _check_finite(self, losses: Losses, where: str, *, updates: int) -> None:
         wrong = [name for name, value in losses.items() if not np.isfinite(value)]
         if wrong:
-            terms = [name for name in wrong if name != training.TOTAL] or wrong
+            terms = [name for name in wrong if name != TOTAL] or wrong
             raise Diverged(
                 f"Expected finite losses, found {losses[terms[0]]} in "
                 f"{' and '.join(repr(t) for t in terms)} {where} of "
@@ -295,7 +294,7 @@ class Trainer:
             where = f"in validation after step {step}"
             self._check_finite(validation.losses, where, updates=step)
             record |= {f"validation/{k}": v for k, v in validation.losses.items()}
-            metrics = {"validation_loss": validation.losses[training.TOTAL]}
+            metrics = {"validation_loss": validation.losses[TOTAL]}
             if self._score_test is not None:
                 auroc = self._score_test(self._state.variables, validation.calibration)
                 record["test/image_auroc"] = metrics["test_image_auroc"] = auroc
@@ -309,12 +308,8 @@ class Trainer:
         validation: Validation | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        step = int(self._state.step)
-        if step == self._saved:
-            return
-        self._saved = step
         self._store.save(
-            step,
+            int(self._state.step),
             model=training.model_tree(self._state.variables, self._statistics),
             optimizer=self._state.opt_state,
             progress={
@@ -352,7 +347,7 @@ class Trainer:
                 opt_state=opt_state,
             )
         )
-        self._sums, self._saved = saved["sums"], step
+        self._sums = saved["sums"]
 
 
 @contextmanager

@@ -16,14 +16,13 @@ import optax
 from ulsad_jax import compilation
 from ulsad_jax.errors import UserError
 from ulsad_jax.features import ChannelStatistics
+from ulsad_jax.losses import TOTAL
 from ulsad_jax.models.pyramid import FeaturePyramid
 from ulsad_jax.models.ulsad import Ulsad
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, UInt8
     from ml_collections import ConfigDict
-
-TOTAL = "total"  # the weighted sum, among the losses that a step reports
 
 
 @flax.struct.dataclass

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
+from ulsad_jax import command_line, errors
 from ulsad_jax.data.records import GOOD, TEST, TRAIN, VALIDATION
 from ulsad_jax.data.synthetic_anomalies import (
     LOGICAL,
@@ -263,9 +263,14 @@ def _define_flags() -> None:
 
 
 def _main(argv: list[str]) -> None:
-    del argv
+    command_line.begin(argv)
     values = flags.FLAGS
-    try:
+    with errors.reported():
+        if not all(side.isdecimal() for side in values.image_size):
+            raise UserError(
+                "Expected --image_size=<side> or <height>,<width> in pixels, found "
+                f"{','.join(values.image_size)!r}. Give whole numbers."
+            )
         size = [int(side) for side in values.image_size]
         path = write_category(
             Path(values.output),
@@ -277,8 +282,6 @@ def _main(argv: list[str]) -> None:
             good=values.good,
             per_kind=values.per_kind,
         )
-    except (UserError, ValueError) as error:
-        sys.exit(f"Error: {error}")
     print(os.fspath(path))
 
 

@@ -20,6 +20,7 @@ from ulsad_jax import compilation, pretrained
 from ulsad_jax import config as config_lib
 from ulsad_jax.checkpoint import CheckpointStore
 from ulsad_jax.errors import Interrupted, UserError
+from ulsad_jax.models.resnet import ARCHITECTURES
 from ulsad_jax.pretraining import objectives
 from ulsad_jax.pretraining.scenes import Scene, draw_scenes
 from ulsad_jax.pretraining.views import make_views
@@ -115,6 +116,10 @@ def check(config: ConfigDict) -> None:
     """
     largest = config.scenes.size
     rules = {
+        "architecture": (
+            config.architecture in ARCHITECTURES,
+            f"one of {', '.join(ARCHITECTURES)}",
+        ),
         "view_size": (
             config.view_size % 16 == 0 and 32 <= config.view_size <= largest,
             f"a multiple of 16 from 32 up to scenes.size, {largest}",

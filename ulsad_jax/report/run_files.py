@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,7 @@ def _read_category(
 ) -> CategoryFiles:
     return CategoryFiles(
         name=name,
-        metrics={k: math.nan if v is None else v for k, v in metrics.items()},
+        metrics=results.with_nan(metrics),
         **decisions,
         scores=list(_read_scores(folder)),
         epochs=list(_read_epochs(folder / "metrics.jsonl")),

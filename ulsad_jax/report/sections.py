@@ -7,11 +7,11 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ulsad_jax import config as config_lib
 from ulsad_jax import results
 from ulsad_jax.data.records import GOOD
 from ulsad_jax.metrics.curves import Curve, find_tie_ends, make_curve, thin
@@ -133,7 +133,7 @@ def tabulate_all_metrics(run: RunFiles) -> str:
 
 def tabulate_config(run: RunFiles) -> str:
     """The configuration and the versions."""
-    fields = [(name, str(value)) for name, value in _flatten(run.config)]
+    fields = [(name, str(value)) for name, value in config_lib.flatten(run.config)]
     trunk = [(f"trunk {k}", str(v)) for k, v in run.about["trunk"].items()]
     versions = list(run.about["versions"].items())
     return _fold("Configuration", _table("", ("field", "value"), fields)) + _fold(
@@ -315,14 +315,6 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 def _fold(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _percent(value: float) -> str:

@@ -136,7 +136,7 @@ def _is_number_of_step(field: str, tables: Sequence[Mapping[str, Any]]) -> bool:
     An integer of a term may be a shape or a count, and makes a program of its own.
     """
     values = [table.get(field) for table in tables]
-    if not all(map(_is_number, values)):
+    if not all(map(config_lib.is_number, values)):
         return False
     match field.split("."):
         case "losses", _, name:
@@ -184,20 +184,16 @@ def _check_value(where: str, field: str, value: Any, known: Mapping[str, Any]) -
             f"of config.dataset.category, found {value!r}. Set it there."
         )
     old = known[field]
-    if _is_number(old):
-        fits = _is_number(value) and math.isfinite(value)
+    if config_lib.is_number(old):
+        fits = config_lib.is_number(value) and math.isfinite(value)
     else:
         fits = type(value) is type(old)
     if not fits:
-        kind = "finite numbers" if _is_number(old) else f"like {old!r}"
+        kind = "finite numbers" if config_lib.is_number(old) else f"like {old!r}"
         raise UserError(
             f"Expected values of {field} in {where} to be {kind}, found {value!r}. "
             "Correct it."
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _make_member(

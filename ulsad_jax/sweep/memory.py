@@ -42,8 +42,7 @@ def find_budget(sweep: ConfigDict) -> Budget:
     A CPU's devices share the host's memory.
     """
     host = features.host_bytes()
-    stats = jax.devices()[0].memory_stats() or {}
-    device = stats.get("bytes_limit", host / jax.device_count())
+    device = features.device_bytes() or host / jax.device_count()
     return Budget(
         sweep.device_memory * GIB or device / 2, sweep.host_memory * GIB or host / 4
     )

@@ -70,7 +70,7 @@ def read_entry(member: Member, folder: Path, *, failure: str) -> Entry:
         return Entry(member, failure, 0, {}, losses)
     inside = folder / results.file_name(member.category)
     document = json.loads((inside / "results.json").read_text())
-    metrics = {k: math.nan if v is None else v for k, v in document["metrics"].items()}
+    metrics = results.with_nan(document["metrics"])
     for line in (inside / "metrics.jsonl").read_text().splitlines():
         epoch = json.loads(line)
         if epoch["step"] == document["step"]:
@@ -79,8 +79,8 @@ def read_entry(member: Member, folder: Path, *, failure: str) -> Entry:
     scored = json.loads(path.read_text()) if path.exists() else {}
     scored.pop("step", None)
     for fusion, values in scored.items():
-        for name, value in values.items():
-            metrics[f"{fusion}: {name}"] = math.nan if value is None else value
+        for name, value in results.with_nan(values).items():
+            metrics[f"{fusion}: {name}"] = value
     return Entry(member, "", document["step"], metrics, losses)
 
 

@@ -207,11 +207,11 @@ class MemberTrainer(Trainer):
         try:
             self._count(self._step, losses)
             if self._step % self._steps_per_epoch == 0:
-                seconds, now = -self._started, time.perf_counter()
-                self._started = now
+                now = time.perf_counter()
+                seconds, self._started = now - self._started, now
                 self._state = get_state()
                 epoch = self._step // self._steps_per_epoch - 1
-                self._end_epoch(epoch, seconds + now)
+                self._end_epoch(epoch, seconds)
         except Diverged as error:
             self.failure = str(error)
             self._writer.say(self.failure)

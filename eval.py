@@ -11,7 +11,7 @@ _ROOT = flags.DEFINE_string("root", "", "Folder of the data set, if it moved.")
 _SELECTION = flags.DEFINE_enum(
     "selection",
     None,
-    ["last", "best_validation_loss", "best_test_auroc"],
+    command_line.SELECTIONS,
     "Another checkpoint than the config's.",
 )
 _IMAGE_THRESHOLD = flags.DEFINE_float(

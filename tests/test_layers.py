@@ -274,7 +274,7 @@ def test_batch_norm_in_training(shape):
     x = np.random.default_rng(5).normal(3, 2, shape).astype(np.float32)
     scale, bias = np.array([1, 2, 3, -1.0]), np.array([0, 1, -1, 0.5])
     old = {"mean": np.array([0, 1, 2, 3.0]), "var": np.array([1, 2, 3, 4.0])}
-    y, updates = layers.BatchNorm(momentum=0.1).apply(
+    y, updates = layers.BatchNorm().apply(
         {"params": {"scale": scale, "bias": bias}, "batch_stats": old},
         x,
         train=True,

@@ -47,9 +47,9 @@ def test_raw_maps_compare_the_right_outputs():
     assert maps.local.shape == maps.global_.shape == (2, *size)
     assert np.abs(maps.local).max() < 1e-5
     assert np.abs(maps.global_).max() < 1e-5
-    # A constant distance is neither enlarged nor blurred away.
-    off = scoring.raw_maps(outputs | {"local": x + 3}, size, cosine_weight=0.0)
-    np.testing.assert_allclose(off.local, 9, rtol=1e-5)
+    off = scoring.raw_maps(outputs | {"local": 2 * x}, size)
+    doubled = scoring.enlarge_and_blur(np.square(x).mean(-1), size)
+    np.testing.assert_allclose(off.local, doubled, rtol=1e-5)
     np.testing.assert_allclose(off.global_, 0, atol=1e-5)
     off = scoring.raw_maps(outputs | {"predicted_global": -2 * g}, size)
     flipped = scoring.enlarge_and_blur(9 * np.square(g).mean(-1) + 1, size)

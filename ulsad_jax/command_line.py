@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 
 from ulsad_jax import errors, host_memory
+
+SELECTIONS = ("last", "best_validation_loss", "best_test_auroc")
 
 
 def begin(argv: list[str]) -> None:
@@ -21,6 +25,26 @@ def begin(argv: list[str]) -> None:
         raise app.UsageError(f"Expected flags alone, found {' '.join(argv[1:])!r}.")
     logging.set_verbosity(logging.WARNING)
     host_memory.keep_freed()
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what names a trained category: its run, checkpoint and thresholds."""
+    add = parser.add_argument
+    add("--workdir", required=True, type=as_path, help="Folder that train.py wrote.")
+    add("--category", default="", help="Where the run has several.")
+    add(
+        "--selection",
+        default="",
+        choices=SELECTIONS,
+        help="Another checkpoint than the config's.",
+    )
+    add("--image_threshold", type=float, help="Instead of the run's.")
+    add("--pixel_threshold", type=float, help="Instead of the run's.")
+
+
+def as_path(text: str) -> Path:
+    """A path that may begin with ~."""
+    return Path(text).expanduser()
 
 
 def define_processes() -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ulsad_jax import files
+from ulsad_jax.command_line import SELECTIONS
 from ulsad_jax.data.layouts import LAYOUTS
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.local import ACTIVATIONS
@@ -18,8 +19,7 @@ from ulsad_jax.models.resnet import ARCHITECTURES
 from ulsad_jax.parallel import BACKENDS
 from ulsad_jax.pretrained import BUILTIN_ARCHITECTURE
 
-BEST_TEST_AUROC = "best_test_auroc"
-SELECTIONS = ("last", "best_validation_loss", BEST_TEST_AUROC)
+BEST_TEST_AUROC = SELECTIONS[-1]  # the one that looks at test images
 WHITEN = ("auto", "always", "never")
 # Fields that say where something is.
 PLACE_FIELDS = ("dataset.root", "dataset.cache_dir", "trunk.path")

@@ -10,7 +10,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ulsad_jax import compilation, hosts, loss_check, parallel, pretrained, results
+from ulsad_jax import (
+    compilation,
+    files,
+    hosts,
+    loss_check,
+    parallel,
+    pretrained,
+    results,
+)
 from ulsad_jax import config as config_lib
 from ulsad_jax.category_run import MAPS, RESULTS, CategoryRun
 from ulsad_jax.data import synthetic
@@ -169,11 +177,10 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     if path.exists():
         if _has_checkpoints(workdir):
             config_lib.check_resumable(config_lib.load(path), config, workdir)
-    elif workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
+    elif found := files.find_content(workdir):
         raise UserError(
             "Expected an empty or new folder, or that of an earlier run, found "
-            f"{'other files in' if workdir.is_dir() else 'a file at'} {workdir}. Give "
-            "another --workdir."
+            f"{found}. Give another --workdir."
         )
 
 

@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ulsad_jax.command_line import add_run_arguments, as_path
+
 
 def main(arguments: list[str]) -> None:
     """Exports, and says what was written."""
@@ -46,23 +48,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ulsad_jax.export", allow_abbrev=False, description=__doc__
     )
+    add_run_arguments(parser)
     add = parser.add_argument
-    add("--workdir", required=True, type=_path, help="Folder that train.py wrote.")
-    add("--output", required=True, type=_path, help="File to write.")
-    add("--category", default="", help="Where the run has several.")
+    add("--output", required=True, type=as_path, help="File to write.")
     add("--platforms", default="cpu,cuda,tpu", help="To export for; also rocm.")
     add(
         "--weights",
         action="store_true",
         help="Write the weights alone, .safetensors, for ulsad_jax.export_onnx.",
-    )
-    add("--image_threshold", type=float, help="Instead of the run's.")
-    add("--pixel_threshold", type=float, help="Instead of the run's.")
-    add(
-        "--selection",
-        default="",
-        choices=["last", "best_validation_loss", "best_test_auroc"],
-        help="Another checkpoint than the config's.",
     )
     return parser.parse_args(arguments)
 
@@ -82,10 +75,6 @@ def check_output(path: Path) -> None:
             f"at {path if path.is_dir() else path.parent}. Make the folder, or name "
             "another file."
         )
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 if __name__ == "__main__":

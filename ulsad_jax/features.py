@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -31,9 +31,29 @@ LEAST_VARIANCE = 0.01
 DEVICE_SHARE = 0.25
 
 
+class FeatureSource(Protocol):
+    """What training needs of every image of a split, wherever it comes from."""
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(h/8, w/8, c) of an image's features."""
+
+    def batch(
+        self, rows: Int[np.ndarray, " b"]
+    ) -> tuple[Float[ArrayLike, "b h/8 w/8 c"], UInt8[ArrayLike, "b h w 3"]]:
+        """Standardised features and images of some rows."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What training needs of every image of a split, in host or device memory.
+    """Features and images in host or device memory.
 
     Attributes:
         features: standardised, [n, h/8, w/8, c] float32.
@@ -66,7 +86,7 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """As `Kept`, where features do not fit in memory: each batch runs the trunk.
+    """Images, where features do not fit in memory: each batch runs the trunk.
 
     Attributes:
         images: [n, h, w, 3] uint8, in host memory.
@@ -132,8 +152,8 @@ class Normals(NamedTuple):
         statistics: of the feature channels over the training images.
     """
 
-    train: Kept | Streamed
-    validation: Kept | Streamed
+    train: FeatureSource
+    validation: FeatureSource
     statistics: ChannelStatistics
 
 

@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
+def find_content(path: Path) -> str:
+    """What makes a folder neither new nor empty, for a message; "" if it is either."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return ""
+    return f"{'other files in' if path.is_dir() else 'a file at'} {path}"
+
+
 def replace(path: Path, content: str | bytes) -> None:
     """Writes a file anew; whatever goes wrong, what was there before is kept."""
     data = content.encode() if isinstance(content, str) else content

@@ -186,9 +186,7 @@ def find_untrained(gradient: Mapping[str, Float[Array, "..."]]) -> list[str]:
 
 
 def describe_untrained(names: set[str] | list[str]) -> str:
-    """A sentence that says which outputs and networks are not trained, or ""."""
-    if not names:
-        return ""
+    """A sentence that says which outputs and networks are not trained."""
     parts = []
     for network, outputs in NETWORKS.items():
         scored = [name for name in outputs if name in SCORED]

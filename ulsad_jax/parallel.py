@@ -24,7 +24,7 @@ from ulsad_jax.models.ulsad import Ulsad
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, UInt8
 
-    from ulsad_jax.features import Kept, Streamed
+    from ulsad_jax.features import FeatureSource
 
 DATA = "data"  # the mesh's axis, along which batches are split
 PMAP = "pmap"
@@ -64,10 +64,10 @@ class Devices:
         return self.place(batch[self.own(len(batch))])
 
     def load(
-        self, kept: Kept | Streamed, rows: Int[np.ndarray, " b"]
+        self, source: FeatureSource, rows: Int[np.ndarray, " b"]
     ) -> tuple[Float[Array, "b h/8 w/8 c"], UInt8[Array, "b h w 3"]]:
         """Features and images of some rows, as a batch on the devices."""
-        features, images = kept.batch(rows[self.own(len(rows))])
+        features, images = source.batch(rows[self.own(len(rows))])
         return self.place(features), self.place(images)
 
     def own(self, batch_size: int) -> slice:

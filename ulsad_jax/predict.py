@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from ulsad_jax import host_memory
+from ulsad_jax.command_line import add_run_arguments, as_path
 
 
 def main(arguments: list[str]) -> int:
@@ -64,28 +64,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ulsad_jax.predict", allow_abbrev=False, description=__doc__
     )
+    add_run_arguments(parser)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="Image, folder, or quoted glob.")
-    add("--workdir", required=True, type=_path, help="Folder that train.py wrote.")
-    add("--output", required=True, type=_path, help="New or empty folder for results.")
-    add("--category", default="", help="Where the run has several.")
+    add("--output", required=True, type=as_path, help="New or empty folder.")
     add("--overlays", action="store_true", help="Write overlays/: heatmap and outline.")
     add("--masks", action="store_true", help="Write masks/: 0 or 255, .png.")
     add("--maps", action="store_true", help="Write maps/: float32 .tiff.")
-    add("--image_threshold", type=float, help="Instead of the run's.")
-    add("--pixel_threshold", type=float, help="Instead of the run's.")
     add("--batch_size", type=int, help="Images at once, not config.evaluation's.")
-    add(
-        "--selection",
-        default="",
-        choices=["last", "best_validation_loss", "best_test_auroc"],
-        help="Another checkpoint than the config's.",
-    )
     return parser.parse_intermixed_args(arguments)
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from PIL import Image
 
+from ulsad_jax import files
 from ulsad_jax.data.records import IMAGE_SUFFIXES, read_image
 from ulsad_jax.detector import Detector, Prepared, Result
 from ulsad_jax.errors import UserError
@@ -95,10 +96,10 @@ def check_output(output: Path, inputs: Inputs) -> None:
     Raises:
         UserError: it is not empty, no folder, or inside a folder that is read.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if found := files.find_content(output):
         raise UserError(
-            f"Expected --output to be a new or empty folder, found "
-            f"{'files in' if output.is_dir() else 'a file at'} {output}. Give another."
+            f"Expected --output to be a new or empty folder, found {found}. Give "
+            "another."
         )
     for path in inputs.paths:
         if path.is_dir() and output.resolve().is_relative_to(path.resolve()):

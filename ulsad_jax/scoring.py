@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BLUR_SIGMA = 4.0
 BLUR_RADIUS = 16
 LOW_QUANTILE, HIGH_QUANTILE = 0.9, 0.995
+COSINE_WEIGHT = 0.5  # lambda of the maps' distances, whatever the losses' are
 
 
 class Maps(NamedTuple):
@@ -58,21 +59,18 @@ class Calibration:
     display_high: float = 1.0
 
 
-def raw_maps(
-    outputs: Outputs, image_size: tuple[int, int], *, cosine_weight: float = 0.5
-) -> Maps:
+def raw_maps(outputs: Outputs, image_size: tuple[int, int]) -> Maps:
     """Maps before calibration: d(x, r) and d(g, p), enlarged and blurred.
 
     Args:
         outputs: of the networks, not in training mode.
         image_size: (height, width) of the maps.
-        cosine_weight: lambda of both distances.
     """
-    local = distance(outputs["features"], outputs["local"], cosine_weight=cosine_weight)
-    global_ = distance(
-        outputs["global_"], outputs["predicted_global"], cosine_weight=cosine_weight
-    )
-    return Maps(*(enlarge_and_blur(m, image_size) for m in (local, global_)))
+    pairs = ("features", "local"), ("global_", "predicted_global")
+    distances = [
+        distance(outputs[a], outputs[b], cosine_weight=COSINE_WEIGHT) for a, b in pairs
+    ]
+    return Maps(*(enlarge_and_blur(d, image_size) for d in distances))
 
 
 def enlarge_and_blur(

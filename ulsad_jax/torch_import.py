@@ -63,11 +63,10 @@ def import_global(
     arrays: Mapping[str, np.ndarray],
     *,
     image_size: tuple[int, int] = (256, 256),
-    channels: int = FEATURE_CHANNELS,
 ) -> Variables:
     """Variables of `GlobalAutoencoder`; raises as `import_trunk` does."""
     image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    shapes = _shapes(GlobalAutoencoder(channels), image, train=False)
+    shapes = _shapes(GlobalAutoencoder(FEATURE_CHANNELS), image, train=False)
     return _import(arrays, shapes, "the global autoencoder")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ulsad_jax import hosts, parallel, scoring, training
 from ulsad_jax.decisions import Decisions, choose
 from ulsad_jax.errors import Diverged, Interrupted, UserError
-from ulsad_jax.features import ChannelStatistics, Kept, Streamed
+from ulsad_jax.features import ChannelStatistics, FeatureSource
 from ulsad_jax.losses import TOTAL
 from ulsad_jax.models.ulsad import Ulsad
 from ulsad_jax.progress import progress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ulsad_jax.checkpoint import CheckpointStore
     from ulsad_jax.pretrained import TrunkIdentity
-    from ulsad_jax.writer import Writer
+    from ulsad_jax.writer import Silence, Writer
 
 Losses = dict[str, float]
 
@@ -74,7 +74,7 @@ def make_validation_step(
 def make_validate(
     model: Ulsad,
     loss_fn: Callable,
-    kept: Kept | Streamed,
+    source: FeatureSource,
     *,
     devices: parallel.Devices,
     batch_size: int,
@@ -88,7 +88,7 @@ def make_validate(
     Args:
         model: the networks.
         loss_fn: see `losses.make_loss_fn`.
-        kept: features and images of the validation normals.
+        source: features and images of the validation normals.
         devices: to split batches over.
         batch_size: images at once, a multiple of the devices.
         method: of calibration, see `scoring.calibrate`.
@@ -96,8 +96,8 @@ def make_validate(
         pixel_fpr: see `decisions.choose`.
         numbers: of the loss function, where they are not its own.
     """
-    size = kept.image_size
-    count = len(kept)
+    size = source.image_size
+    count = len(source)
     step = make_validation_step(model, loss_fn, size)
 
     def validate(variables: Mapping[str, Any], updates: int) -> Validation:
@@ -109,7 +109,7 @@ def make_validate(
             rows = np.arange(start, start + batch_size)
             valid = rows < count
             rows = rows % count
-            batch = devices.load(kept, rows)
+            batch = devices.load(source, rows)
             losses, maps = hosts.gather(
                 step(variables, *batch, valid, updates, numbers)
             )
@@ -141,12 +141,12 @@ class Trainer:
         category: str,
         *,
         devices: parallel.Devices,
-        train: Kept | Streamed,
+        train: FeatureSource,
         statistics: ChannelStatistics,
         loss_fn: Callable,
         validate: Callable[[Mapping[str, Any], int], Validation],
         store: CheckpointStore,
-        writer: Writer,
+        writer: Writer | Silence,
         listing: str,
         trunk: TrunkIdentity,
         score_test: Callable[..., float] | None = None,

@@ -53,10 +53,10 @@ def area_up_to(curve: Curve, limit: float) -> float:
     return float(area / limit)
 
 
-def thin(curve: Curve, points: int = 200) -> Curve:
-    """At most so many of a curve's points, for drawing: evenly along its way."""
+def thin(curve: Curve) -> Curve:
+    """At most 200 of a curve's points, for drawing: evenly along its way."""
     way = curve.fpr + curve.overlap  # both only grow
-    kept = np.searchsorted(way, np.linspace(0, way[-1], points))
+    kept = np.searchsorted(way, np.linspace(0, way[-1], 200))
     kept = np.unique(np.append(0, kept))  # equal points before it are the origin
     return Curve(curve.fpr[kept], curve.overlap[kept])
 

@@ -76,15 +76,12 @@ def f1_max(
     return find_best_f1(np.cumsum(labels)[ends], ends + 1, scores[ends])
 
 
-def by_type(
-    types: Sequence[str], scores: Float[np.ndarray, " n"], *, normal: str = "good"
-) -> dict[str, float]:
+def by_type(types: Sequence[str], scores: Float[np.ndarray, " n"]) -> dict[str, float]:
     """The AUROC of each type of anomaly: all normal images against that type's.
 
     Args:
-        types: n names; images of one type are all normal or all anomalous.
+        types: n names; images of the type "good" are normal, all others anomalous.
         scores: finite; larger means more anomalous.
-        normal: the name of the normal type.
 
     Returns:
         Type of anomaly -> AUROC, sorted by name; all NaN without normal images.
@@ -93,7 +90,7 @@ def by_type(
         ValueError: shapes that differ, a score that is not finite.
     """
     types = np.asarray(types, dtype=str)
-    anomalous, scores = _check(types != normal, scores)
+    anomalous, scores = _check(types != "good", scores)
     names = [str(name) for name in np.unique(types[anomalous])]
     if names and is_undefined("AUROC by type", anomalous, unit="image"):
         return dict.fromkeys(names, math.nan)

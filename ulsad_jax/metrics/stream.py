@@ -35,8 +35,8 @@ NORMAL, DEFECTIVE, REGIONS, CHANNELS = "normal", "defective", "regions", "channe
 class PixelStream:
     """Pixel AUROC, AUPRO and AU-sPRO of images of any number and size.
 
-    Images belong to groups, such as their types. A metric is of the groups that are
-    named, or of all.
+    Images belong to groups, such as their types. AU-sPRO and curves are of the groups
+    that are named, or of all.
     """
 
     def __init__(self, *, max_bins: int = 1 << 22):
@@ -83,22 +83,20 @@ class PixelStream:
         for mask, area in zip(channels, saturation_areas or (), strict=False):
             add((group, CHANNELS), *weigh_channel(anomaly_map[mask], area))
 
-    def auroc(self, groups: Sequence[Hashable] | None = None) -> float:
+    def auroc(self) -> float:
         """The area under the ROC curve of all pixels; NaN unless both classes occur."""
-        curve = self.curve(DEFECTIVE, groups)
+        curve = self.curve(DEFECTIVE)
         if curve is None:
-            _warn(f"Pixel AUROC at original resolution{_of(groups)}")
+            _warn("Pixel AUROC at original resolution")
             return math.nan
         return area_up_to(curve, 1)
 
-    def aupro(
-        self, groups: Sequence[Hashable] | None = None, *, fpr_limit: float = 0.3
-    ) -> float:
+    def aupro(self, *, fpr_limit: float = 0.3) -> float:
         """As `pixel.aupro`, of the unions of the channels."""
         check_limit(fpr_limit)
-        curve = self.curve(REGIONS, groups)
+        curve = self.curve(REGIONS)
         if curve is None:
-            _warn(f"AUPRO at original resolution{_of(groups)}")
+            _warn("AUPRO at original resolution")
             return math.nan
         return area_up_to(curve, fpr_limit)
 
@@ -111,7 +109,8 @@ class PixelStream:
         """As `spro.au_spro`: limit -> AU-sPRO."""
         curve = self.curve(CHANNELS, groups)
         if curve is None:
-            return spro.undefined(f"AU-sPRO{_of(groups)}", limits, stacklevel=2)
+            of = "" if groups is None else f" of {', '.join(map(str, groups))}"
+            return spro.undefined(f"AU-sPRO{of}", limits, stacklevel=2)
         return spro.areas_under(curve, limits)
 
     def curve(
@@ -147,10 +146,6 @@ class PixelStream:
         groups = self._groups if groups is None else groups
         names = [[(group, name) for group in groups] for name in (NORMAL, overlap)]
         return self._histogram.read(names)
-
-
-def _of(groups: Sequence[Hashable] | None) -> str:
-    return "" if groups is None else f" of {', '.join(map(str, groups))}"
 
 
 def _warn(metric: str) -> None:

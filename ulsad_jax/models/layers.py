@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Weight of a new batch in the running statistics.
+MOMENTUM = 0.1
+
 Initializer = Callable[..., jax.Array]
 # nn.init.xavier_uniform_ with the gain of a leaky ReLU of slope 0.01.
 xavier_uniform = nn.initializers.variance_scaling(
@@ -123,14 +126,13 @@ class ConvTranspose(nn.Module):
     """2-D transposed convolution (PyTorch's `ConvTranspose2d`).
 
     The output has (n - 1) * stride - 2 * padding + kernel_size rows and columns.
-    Attributes are those of `Conv`, with a square kernel.
+    Attributes are those of `Conv`, with a square kernel and always a bias.
     """
 
     features: int
     kernel_size: int
     stride: int
     padding: int
-    kernel_init: Initializer = xavier_uniform
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -139,7 +141,7 @@ class ConvTranspose(nn.Module):
         k = self.kernel_size
         # A name of its own: PyTorch lays these kernels out differently.
         kernel = self.param(
-            "transposed_kernel", self.kernel_init, (k, k, x.shape[-1], self.features)
+            "transposed_kernel", xavier_uniform, (k, k, x.shape[-1], self.features)
         )
         y = convolve_transposed(
             x.astype(self.dtype),
@@ -171,13 +173,11 @@ class BatchNorm(nn.Module):
     Attributes:
         epsilon: added to the variance.
         affine: scales and shifts by learned parameters.
-        momentum: weight of the new batch in the running statistics.
         axis_name: of the mapped axis (`jax.pmap`) over which the batch is spread.
     """
 
     epsilon: float = 1e-5
     affine: bool = True
-    momentum: float = 0.1
     axis_name: str | None = None
 
     @nn.compact
@@ -194,7 +194,7 @@ class BatchNorm(nn.Module):
             var = self._mean(jnp.square(y - mean))
             if not self.is_initializing():
                 n = x.size // x.shape[-1] * self._shares()
-                m = self.momentum
+                m = MOMENTUM
                 # Not "+=", which writes into the caller's array where that is NumPy's.
                 old_mean, old_var = running_mean.value, running_var.value
                 running_mean.value = old_mean + m * (mean - old_mean)

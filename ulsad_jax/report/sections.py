@@ -232,17 +232,16 @@ def _roc(rows: Sequence[Scored]) -> Curve | None:
     return thin(make_curve(*(np.diff(c, prepend=0) for c in counts)))
 
 
-def _line(name: str, curve: Curve, value: float | None, where: str = "model") -> Line:
+def _line(name: str, curve: Curve, value: float | None, where: str = "") -> Line:
     shown = "" if value is None else f" {_percent(value)}"
-    where = ", original resolution" if where == "original" else ""
     return Line(f"{name}{shown}{where}", curve.fpr, curve.overlap)
 
 
 def _at_best(category: CategoryFiles, name: str) -> tuple[float | None, str]:
-    """A pixel metric at the resolution of the category's curves, and which that is."""
+    """A pixel metric at the resolution of the category's curves, and a word on it."""
     if (original := category.metrics.get(f"{name}_original")) is not None:
-        return original, "original"
-    return category.metrics.get(name), "model"
+        return original, ", original resolution"
+    return category.metrics.get(name), ""
 
 
 def _show_card(row: Scored) -> str:

@@ -134,11 +134,10 @@ def _check_workdir(workdir: Path) -> None:
     """Refuses a folder that holds anything but a sweep."""
     if workdir.is_dir() and (workdir / SWEEP).exists():
         return
-    if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
+    if found := files.find_content(workdir):
         raise UserError(
             "Expected an empty or new folder, or that of an earlier sweep, found "
-            f"{'other files in' if workdir.is_dir() else 'a file at'} {workdir}. Give "
-            "another --workdir."
+            f"{found}. Give another --workdir."
         )
 
 
@@ -216,6 +215,7 @@ def _train_program(
     )
     model, loss_fn = training.make_model(config), make_loss_fn(config.losses)
     update = wave.make_update(model, loss_fn, config.optimizer.to_dict())
+    make_program = functools.partial(wave.choose_backend(backend), update)
     sources: dict[Hashable, Source] = {}
     for jobs_of_wave in waves:
         needed = {job.source[0]: job for job in jobs_of_wave}
@@ -224,7 +224,6 @@ def _train_program(
             if key not in sources:
                 title = f"[{job.member.category}] features"
                 sources[key] = Source(job.member.config, job.data, job.trunk, title)
-        make_program = functools.partial(wave.choose_backend(backend), update)
         _train_wave(jobs_of_wave, traced, loss_fn, make_program, sources)
 
 

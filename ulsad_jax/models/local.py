@@ -20,7 +20,7 @@ class LocalReconstructor(nn.Module):
     """Reconstructs features, and predicts what the global autoencoder makes of them.
 
     Attributes:
-        width: channels of the narrowest, 8 x smaller grid; 1536 as published.
+        width: channels of the narrowest, 4 x smaller grid; 1536 as published.
         output_activation: a key of `ACTIVATIONS`; "relu" as published, although it
             cannot produce the negative half of standardised features.
         dtype: computation type.

@@ -200,9 +200,13 @@ class CategoryRun:
             pixel_threshold: instead of the run's.
         """
         given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
-        where = {"step": step, "sharding": self._devices.everywhere}
         step, weights, decisions = trained.load(
-            self._config, self._folder, self._trunk, **where, **given
+            self._config,
+            self._folder,
+            self._trunk,
+            step=step,
+            sharding=self._devices.everywhere,
+            **given,
         )
         with stages.measure(self._folder, "prediction"):
             prediction, truth = self._predict_test(weights)

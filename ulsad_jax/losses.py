@@ -172,25 +172,31 @@ class _Entry(NamedTuple):
                 f"{suggest(str(error.args[0]), outputs)}"
             ) from error
         except (TypeError, ValueError) as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            file = (
-                self.term.__code__.co_filename if hasattr(self.term, "__code__") else ""
-            )
-            place = ([f for f in frames if f.filename == file] or frames)[-1]
-            found = (
-                "a value asked of what has none until the step runs, as outputs and "
-                "the numbers that a sweep varies. Use neither `if`, int() nor float() "
-                "on them, nor shapes made of them; jnp.where chooses"
-                if isinstance(error, _WITHOUT_VALUE)
-                else error
-            )
-            raise UserError(
-                f"Expected loss term {name!r} ({self.reference}) to compute one loss "
-                f"an example, found {type(error).__name__} in {place.filename}, line "
-                f"{place.lineno}: {sentence(found)} Correct the term, or the numbers "
-                f"it has from config.losses.{name} ({self.hyperparameters})."
-            ) from error
-        shape = (outputs["features"].shape[0],)
+            raise UserError(self._explain(error, name)) from error
+        self._check(found, name, (outputs["features"].shape[0],))
+        return found
+
+    def _explain(self, error: Exception, name: str) -> str:
+        """What to tell about an error in the term: what, where, what to do."""
+        frames = traceback.extract_tb(error.__traceback__)
+        file = self.term.__code__.co_filename if hasattr(self.term, "__code__") else ""
+        place = ([f for f in frames if f.filename == file] or frames)[-1]
+        found = (
+            "a value asked of what has none until the step runs, as outputs and the "
+            "numbers that a sweep varies. Use neither `if`, int() nor float() on them, "
+            "nor shapes made of them; jnp.where chooses"
+            if isinstance(error, _WITHOUT_VALUE)
+            else error
+        )
+        return (
+            f"Expected loss term {name!r} ({self.reference}) to compute one loss an "
+            f"example, found {type(error).__name__} in {place.filename}, line "
+            f"{place.lineno}: {sentence(found)} Correct the term, or the numbers it "
+            f"has from config.losses.{name} ({self.hyperparameters})."
+        )
+
+    def _check(self, found: Any, name: str, shape: tuple[int]) -> None:
+        """Refuses what is not one floating-point number an example."""
         expected = (
             f"Expected loss term {name!r} ({self.reference}) to return one loss an "
             f"example, shape {shape}, float32, found"
@@ -209,7 +215,6 @@ class _Entry(NamedTuple):
                 f"{expected} {found.dtype}, which has no gradient. Compute with "
                 "floating-point numbers: a comparison or a count alone trains nothing."
             )
-        return found
 
 
 def _replace(entries: Mapping[str, _Entry], numbers: Numbers) -> dict[str, _Entry]:

@@ -60,23 +60,7 @@ def list_members(config: ConfigDict, categories: Sequence[str]) -> list[Member]:
             value at all.
     """
     sweep = config.sweep
-    if unknown := sorted(set(sweep.keys()) ^ set(FIELDS)):
-        raise UserError(
-            f"Expected config.sweep to hold {', '.join(FIELDS)}, as in "
-            f"configs/sweep.py, found {', '.join(sweep.keys())}. Look at "
-            f"{', '.join(unknown)}."
-        )
-    if sweep.backend not in ("", *BACKENDS):
-        raise UserError(
-            f"Expected config.sweep.backend to be empty or {' or '.join(BACKENDS)}, "
-            f"found {sweep.backend!r}. Set it with --config.sweep.backend=..."
-        )
-    for field in ("device_memory", "host_memory"):
-        if not sweep[field] >= 0:
-            raise UserError(
-                f"Expected config.sweep.{field} to be gibibytes, or 0 for the default, "
-                f"found {sweep[field]!r}. Set it with --config.sweep.{field}=..."
-            )
+    _check_sweep(sweep)
     base = config.copy_and_resolve_references()
     with base.unlocked():
         del base.sweep
@@ -108,6 +92,27 @@ def list_members(config: ConfigDict, categories: Sequence[str]) -> list[Member]:
     ]
     _check_distinct(members)
     return members
+
+
+def _check_sweep(sweep: ConfigDict) -> None:
+    """Refuses fields of its own that are missing, unknown or out of range."""
+    if unknown := sorted(set(sweep.keys()) ^ set(FIELDS)):
+        raise UserError(
+            f"Expected config.sweep to hold {', '.join(FIELDS)}, as in "
+            f"configs/sweep.py, found {', '.join(sweep.keys())}. Look at "
+            f"{', '.join(unknown)}."
+        )
+    if sweep.backend not in ("", *BACKENDS):
+        raise UserError(
+            f"Expected config.sweep.backend to be empty or {' or '.join(BACKENDS)}, "
+            f"found {sweep.backend!r}. Set it with --config.sweep.backend=..."
+        )
+    for field in ("device_memory", "host_memory"):
+        if not sweep[field] >= 0:
+            raise UserError(
+                f"Expected config.sweep.{field} to be gibibytes, or 0 for the default, "
+                f"found {sweep[field]!r}. Set it with --config.sweep.{field}=..."
+            )
 
 
 def traced_fields(members: Sequence[Member]) -> list[str]:

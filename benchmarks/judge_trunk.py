@@ -103,7 +103,8 @@ def open_dataset(name: str, seed: int) -> list:
         )
     versions = {source: module.VERSION for source, module in drawn.items()}
     version = (versions | {"scenes": GENERATOR_VERSION}).get(name)
-    key = [name, version, seed, size, counts, root if name == "tiles" else ""]
+    place = str(Path(root).resolve()) if name == "tiles" else ""
+    key = [name, version, seed, size, counts, place]
     return judge_data.keep(found, Path(_CACHE.value).expanduser(), key)
 
 

@@ -65,8 +65,7 @@ def measure(config, count: int, steps: int) -> dict[str, float]:
     )
     batches = [(features, images)] * count
     started = time.perf_counter()
-    program.step(batches)
-    program.state(0)
+    jax.block_until_ready((program.step(batches), program.state(0)))
     first = time.perf_counter() - started
     started = time.perf_counter()
     for _ in range(steps):

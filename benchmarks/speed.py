@@ -245,7 +245,7 @@ def compare_fit(times: dict[str, list[float]], first: dict[str, float]) -> dict:
 
 
 def print_table(report: dict) -> None:
-    """Prints the rows as Markdown, and the share of the device's peak if given."""
+    """Prints the rows as Markdown, and images/s and TFLOP/s of inference."""
     print("| what | ours, s | PyTorch, s | ratio | lowest and highest of turns |")
     print("|---|---|---|---|---|")
     for row in report["rows"]:

@@ -197,7 +197,7 @@ class Ulsad(nn.Module):
         state = {k: torch.from_numpy(v.copy()) for k, v in arrays.items()}
         result = self.load_state_dict(state, strict=False)
         missing = [k for k in result.missing_keys if "num_batches_tracked" not in k]
-        constants = {"image_mean", "image_std", "blur", "offset", "scale"}
+        constants = {"image_mean", "image_std", "blur"}
         if result.unexpected_keys or set(missing) - constants:
             raise ValueError(f"Expected the arrays of {type(self)}, found {result}.")
 

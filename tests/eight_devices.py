@@ -16,6 +16,7 @@ from ulsad_jax import experiment, features, parallel, training
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.convolution import MANY_IMAGES, convolve
 from ulsad_jax.models.local import LocalReconstructor
+from ulsad_jax.sweep import wave
 
 BATCH, EPOCHS = 8, 10  # an epoch is one step
 TOLERANCE = 1e-5
@@ -72,6 +73,22 @@ def take_steps(count, backend="jit", batch=BATCH):
         if i in (0, 9):
             states.append(jax.tree.map(jnp.copy, state))
     return losses, *states
+
+
+@pytest.mark.parametrize(("backend", "used"), [("jit", 0), ("pmap", 1)])
+def test_pmap_where_it_is_asked_for(backend, used, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax, "pmap", lambda *args, **options: calls.append(args))
+    parallel.make_train_step(
+        Small(),
+        mean_square,
+        training.make_optimizer(
+            learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0
+        ),
+        devices=parallel.find_devices(),
+        backend=backend,
+    )
+    assert len(calls) == used
 
 
 def test_there_are_eight():
@@ -198,3 +215,27 @@ def test_more_devices_than_there_are():
         UserError, match=r"Expected 9 devices.* found 8 .* to 8 or less"
     ):
         parallel.find_devices(9)
+
+
+@pytest.mark.parametrize("count", [3, 8, 11])
+def test_members_of_a_sweep_are_split(count):
+    """Also where they do not fill the devices, or some devices have two."""
+
+    def update(numbers, state, features, image):
+        state = state + numbers["rate"] * (features.mean() + image.mean())
+        return state, {"total": state.sum()}
+
+    rng = np.random.default_rng(0)
+    states = list(rng.normal(size=(count, 5)).astype(np.float32))
+    numbers = [{"rate": np.float32(i)} for i in range(count)]
+    batches = [(rng.normal(size=(2, 3)), rng.normal(size=(2, 4))) for _ in states]
+    at_once, in_turn = (
+        kind(update, states, numbers) for kind in (wave.AtOnce, wave.InTurn)
+    )
+    for _ in range(2):
+        found, expected = (program.step(batches) for program in (at_once, in_turn))
+        np.testing.assert_allclose(found["total"][:count], expected["total"], rtol=1e-5)
+    devices = {shard.device for shard in found["total"].addressable_shards}
+    assert len(devices) == min(count, 8)
+    for i in range(count):
+        np.testing.assert_allclose(at_once.state(i), in_turn.state(i), rtol=1e-5)

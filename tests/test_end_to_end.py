@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,17 @@ def test_evaluating_again_gives_the_same(trained):
     printed = run("eval.py", f"--workdir={workdir}")
     assert [path.read_text() for path in paths] == before
     assert "photographs, image AUROC by type: scratch" in printed
+
+
+def test_evaluating_in_another_way(trained, tmp_path):
+    """Every flag arrives where it belongs."""
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    flags = ["--image_threshold=0.25", "--pixel_threshold=0.75", "--write_maps"]
+    run("eval.py", f"--workdir={workdir}", *flags, "--selection=best_validation_loss")
+    document = json.loads((workdir / "photographs" / "results.json").read_text())
+    assert (document["image_threshold"], document["pixel_threshold"]) == (0.25, 0.75)
+    assert document["selection"] == "best_validation_loss"
+    assert len(list((workdir / "maps/photographs/test").glob("*/*.tiff"))) == 24
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -217,20 +217,6 @@ def test_tampered_trunk_is_refused(finished, tmp_path):
         experiment.evaluate(run.workdir)
 
 
-def test_lost_trunk(finished, tmp_path):
-    run = runs.copy(finished, tmp_path)
-    (run.workdir / "trunk.safetensors").unlink()
-    with pytest.raises(UserError, match=r"trunk\.safetensors"):
-        experiment.evaluate(run.workdir)
-
-
-def test_no_checkpoint(finished, tmp_path):
-    run = runs.copy(finished, tmp_path)
-    shutil.rmtree(run.workdir / "bottle")
-    with pytest.raises(UserError, match=r"train\.py"):
-        experiment.evaluate(run.workdir)
-
-
 def evaluate_on(finished, tmp_path, **tree):
     """Metrics of the finished run on other test images."""
     run = runs.copy(finished, tmp_path)

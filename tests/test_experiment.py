@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from tests import runs, trees
-from ulsad_jax import experiment, trainer, training
+from ulsad_jax import experiment, trained, trainer, training
 from ulsad_jax.errors import Interrupted, UserError, reported
+from ulsad_jax.models.pyramid import FeaturePyramid
+from ulsad_jax.models.ulsad import Ulsad
 
 REPOSITORY = Path(__file__).parents[1]
 # train.py itself, with a pause before every step: time to stop it somewhere.
@@ -388,19 +391,31 @@ def test_selection_on_the_test_set_needs_one(tmp_path):
         runs.train(config, tmp_path / "run")
 
 
-def test_best_validation_loss(finished, tmp_path):
-    run = runs.copy(finished, tmp_path)
-    experiment.evaluate(run.workdir, selection="best_validation_loss")
-    losses = {
-        line["validation/total"]: line["step"]
-        for line in runs.read_metrics(run.workdir)
-        if "validation/total" in line
-    }
-    document = runs.read_results(run.workdir, "bottle")
-    assert document["step"] == losses[min(losses)]
-    assert document["selection"] == "best_validation_loss"
+def test_best_validation_loss(data, tmp_path, monkeypatch):
+    """Where the last checkpoint is not the best one."""
+    plain = trainer.make_validate
+
+    def make_validate(*args, **options):
+        validate = plain(*args, **options)
+
+        def growing(variables, updates):
+            found = validate(variables, updates)
+            return found._replace(losses=found.losses | {"total": float(updates)})
+
+        return growing
+
+    monkeypatch.setattr(trainer, "make_validate", make_validate)
+    runs.train(runs.make_config(data), tmp_path)
+    assert runs.read_steps(tmp_path) == [6, 12]
+    assert runs.read_results(tmp_path, "bottle")["step"] == 12
+    best = "best_validation_loss"
+    experiment.evaluate(tmp_path, selection=best)
+    document = runs.read_results(tmp_path, "bottle")
+    assert (document["step"], document["selection"]) == (6, best)
+    assert trained.load_run(tmp_path).step == 12
+    assert trained.load_run(tmp_path, selection=best).step == 6
     with pytest.raises(UserError, match="Expected a checkpoint with test_image_auroc"):
-        experiment.evaluate(run.workdir, selection="best_test_auroc")
+        experiment.evaluate(tmp_path, selection="best_test_auroc")
 
 
 def test_divergence_stops_with_step_and_term(data, tmp_path):
@@ -465,6 +480,32 @@ def test_bfloat16(data, tmp_path):
     arrays = jax.tree.leaves((checkpoint["model"], checkpoint["optimizer"]))
     assert {str(a.dtype) for a in arrays} == {"float32", "int32"}
     assert all(float(row["score"]) < 1e6 for row in runs.read_scores(tmp_path))
+
+
+def test_networks_are_what_the_config_says():
+    fields = {"train.dtype": "bfloat16", "trunk.layers": "layer3"}
+    fields |= {"model.local_width": 24, "model.output_activation": "identity"}
+    config = runs.make_config(Path("data"), fields)
+    assert training.make_model(config) == Ulsad(
+        local_width=24, output_activation="identity", dtype=jnp.bfloat16
+    )
+    assert training.make_pyramid(config) == FeaturePyramid(
+        "resnet18", dtype=jnp.bfloat16, layers="layer3"
+    )
+
+
+def test_validation_is_what_the_config_says(data, tmp_path):
+    fields = {"train.num_epochs": 1, "calibration": "none"}
+    fields |= {"threshold.image_fpr": 0.4, "threshold.pixel_fpr": 0.2}
+    fields |= {"dataset.validation_fraction": 0.4}
+    runs.train(runs.make_config(data, fields), tmp_path)
+    checkpoint = runs.read_checkpoint(tmp_path)
+    calibration, basis = checkpoint["calibration"], checkpoint["decisions"]["basis"]
+    assert {calibration[f"{m}_offset"] for m in ("local", "global")} == {0.0}
+    assert {calibration[f"{m}_scale"] for m in ("local", "global")} == {1.0}
+    assert (basis["image_fpr"], basis["pixel_fpr"]) == (0.4, 0.2)
+    images = len(list((data / "bottle" / "train").glob("*/*")))
+    assert len(basis["validation_scores"]) == round(0.4 * images)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 
 import jax
@@ -14,7 +15,7 @@ from PIL import Image
 
 import ulsad_jax
 from tests import runs
-from ulsad_jax import artifact, export, trained
+from ulsad_jax import artifact, export, export_onnx, trained
 from ulsad_jax.data.resize import resize_bilinear
 from ulsad_jax.errors import UserError
 
@@ -201,6 +202,34 @@ def test_weights_alone(finished, data, images, tmp_path, whiten):
     for wrong in (tmp_path / "none", finished.workdir / trained.TRUNK):
         with pytest.raises(UserError, match="export --weights"):
             artifact.read_weights(wrong)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-3, np.nan])
+def test_onnx_is_compared_before_it_is_written(error, monkeypatch):
+    """onnxruntime is not among the requirements: what it would compute is given."""
+
+    class Session:
+        def __init__(self, content, providers):
+            assert content == b"model"
+
+        def get_outputs(self):
+            return [types.SimpleNamespace(name=name) for name in ("map", "score")]
+
+        def run(self, names, inputs):
+            (images,) = inputs.values()
+            wrong = error if len(images) == 3 else 0.0  # of all batches the second
+            found = function(images)
+            return [found["map"], found["score"] * (1 + wrong)]
+
+    def function(image):
+        score = image.mean((1, 2, 3), dtype=np.float32)
+        return {"score": score, "map": image[..., 0].astype(np.float32)}
+
+    module = types.SimpleNamespace(InferenceSession=Session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    differences = export_onnx.compare(b"model", function, (32, 64))
+    assert differences["map"] < 1e-6
+    assert differences["score"] == pytest.approx(error, rel=0.5, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("module", ["export", "export_onnx"])

@@ -16,18 +16,17 @@ import numpy as np
 import optax
 import pytest
 
+from configs import default
 from tests.goldens import weights
 from tests.goldens.cut import cut
-from ulsad_jax import losses, scoring, torch_import
+from ulsad_jax import features, losses, scoring, torch_import, training
 from ulsad_jax.models.pyramid import FeaturePyramid, pyramid_variables
-from ulsad_jax.models.ulsad import Ulsad
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-MODEL = Ulsad()
-LOSS_FN = losses.make_loss_fn(
-    {name: {"term": name, "weight": 1.0} for name in losses.TERMS}
-)
-OPTIMIZER = optax.chain(optax.add_decayed_weights(2e-5), optax.adam(2e-4))
+CONFIG = default.get_config()
+MODEL = training.make_model(CONFIG)
+LOSS_FN = losses.make_loss_fn(CONFIG.losses)
+OPTIMIZER = training.make_optimizer(**CONFIG.optimizer)
 # A batch norm follows every convolution's bias but the last one's.
 CANCELLED_BIAS = re.compile(r"(local|global)/(?!deconv8)\w*conv\d\.bias")
 
@@ -37,6 +36,7 @@ class Case(NamedTuple):
     golden: dict
     variables: dict
     pyramid: np.ndarray
+    statistics: features.ChannelStatistics
     features: np.ndarray
     images: np.ndarray
 
@@ -120,17 +120,16 @@ def case(request):
         pyramid_variables(trunk), images
     )
     pyramid = np.asarray(pyramid)
-    mean, std = channel_statistics(pyramid)
-    features = ((pyramid - mean) / std).astype(np.float32)
+    statistics = features.channel_statistics(pyramid, whiten=False)
     return Case(
-        architecture, golden, jax.device_put(variables), pyramid, features, images
+        architecture,
+        golden,
+        jax.device_put(variables),
+        pyramid,
+        statistics,
+        np.asarray(statistics.standardize(pyramid)),
+        images,
     )
-
-
-def channel_statistics(pyramid):
-    x = pyramid.astype(np.float64)
-    mean = x.mean((0, 1, 2))
-    return mean, np.sqrt(np.square(x).mean((0, 1, 2)) - mean**2)
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +142,10 @@ def evaluated(case):
         np.asarray(maps.local), np.asarray(maps.global_), method="quantile"
     )
     fused = scoring.fuse(maps, calibration)
-    mean, std = channel_statistics(case.pyramid)
     values = {
         "pyramid_raw": case.pyramid[:1],
-        "channel_mean": mean,
-        "channel_std": std,
+        "channel_mean": case.statistics.mean,
+        "channel_std": case.statistics.std,
         "local_eval": local[:1, ..., ::8],
         "global_eval": g[..., ::8],
         "attention_self": losses.attention(x, x)[..., ::8],
@@ -235,13 +233,19 @@ def test_gradients(case, trained):
         if CANCELLED_BIAS.fullmatch(name):
             assert torch_norm(ours - golden) < 1e-5, name
         else:
-            assert relative_error(ours, golden) < 1e-3, name
+            # 2.6e-4 in the global encoder's first layer, 3e-6 in the others.
+            assert relative_error(ours, golden) < 5e-4, name
 
 
 # Adam's first steps are of full size however small the gradient: weights that have
 # almost none follow its rounding noise. After five steps, float32 and float64 of one
 # and the same implementation are about as far apart as either is from the goldens:
 # 1e-4 in the losses, up to 7e-3 in the running statistics of the deep layers.
+
+
+def test_length_and_batch_are_the_published_ones():
+    """Which the goldens' five steps of two images do not show."""
+    assert (CONFIG.train.batch_size, CONFIG.train.num_epochs) == (8, 200)
 
 
 def test_losses_while_training(case, trained):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests import runs
 from tests.goldens import weights
 from ulsad_jax import pretrained
 from ulsad_jax.errors import UserError
@@ -165,13 +166,42 @@ def test_pth_without_pytorch(tmp_path, monkeypatch):
     ],
 )
 def test_pth_that_holds_more_than_weights(content, found, tmp_path, monkeypatch):
-    """PyTorch is not among the requirements: what it would have read is given."""
-    torch = types.SimpleNamespace(Tensor=np.ndarray, load=lambda *_, **__: content)
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    path = tmp_path / "resnet18.pth"
-    path.write_bytes(b"PK")
+    path = write_pth(tmp_path, content, monkeypatch)
     with pytest.raises(UserError, match=f"found: {found}. Save the model's state_dict"):
         load(path=path)
+
+
+class Tensor(np.ndarray):
+    def float(self):
+        return self.astype(np.float32)
+
+    def numpy(self):
+        return np.asarray(self)
+
+
+def write_pth(folder, content, monkeypatch):
+    """PyTorch is not among the requirements: what it would have read is given."""
+
+    def read(path, *, map_location, weights_only):
+        assert weights_only and map_location == "cpu"
+        return content
+
+    torch = types.SimpleNamespace(Tensor=Tensor, load=read)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    path = folder / "resnet18.pth"
+    path.write_bytes(b"PK")
+    return path
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_pth(wrapped, tmp_path, monkeypatch):
+    arrays = make_arrays()
+    tensors = {name: a.astype(np.float64).view(Tensor) for name, a in arrays.items()}
+    content = {"state_dict": tensors, "epoch": 3} if wrapped else tensors
+    trunk = load(path=write_pth(tmp_path, content, monkeypatch))
+    plain = tmp_path / "resnet18.safetensors"
+    save_file(arrays, plain)
+    runs.assert_same_arrays(trunk.arrays, load(path=plain).arrays)
 
 
 def test_another_trunk_in_the_place_of_a_saved_one(random_trunk, tmp_path):

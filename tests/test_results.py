@@ -4,15 +4,18 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto import event_pb2
 
+from tests import runs
 from ulsad_jax import results
 from ulsad_jax.data.records import Record
 from ulsad_jax.inference import Prediction
-from ulsad_jax.report import figures
+from ulsad_jax.report import figures, pictures
 from ulsad_jax.writer import Writer
 
 NAN = math.nan
@@ -215,7 +218,7 @@ def test_writer_reports_an_epoch(tmp_path, capsys):
     }
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "[bottle] epoch 1/9: loss 2.0000 (local 1.0000), 0.5 s"
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert read_events(tmp_path)["loss/total"] == [(10, 2.0), (20, 1.0)]
 
 
 @pytest.mark.parametrize("cut", ["", '{"epoch": 4, "st', "\n"])
@@ -242,10 +245,65 @@ def test_writer_takes_pictures(tmp_path):
     with Writer(tmp_path, "bottle") as writer:
         writer.pictures(3, [("test/good", np.zeros((8, 9, 3), np.uint8))])
         writer.scalars(3, {"test/image_auroc": 0.5})
-    assert sum(p.stat().st_size for p in (tmp_path / "tensorboard").iterdir()) > 100
+    events = read_events(tmp_path)
+    assert events["test/image_auroc"] == [(3, 0.5)]
+    ((step, image),) = events["test/good"]
+    assert (step, image.height, image.width) == (3, 8, 9)
 
 
-def test_pictures_on_disk_are_at_the_scale_of_the_run(finished):
-    path = next((finished.workdir / "bottle" / "pictures" / "good").iterdir())
-    with Image.open(path) as picture:
-        assert picture.size == (3 * 64 + 8, 64)
+def read_events(folder):
+    """TensorBoard's files: for each tag, (step, number or image)."""
+    found = {}
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data, start = path.read_bytes(), 0
+        while start < len(data):  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[start : start + 8], "little")
+            event = event_pb2.Event.FromString(data[start + 12 : start + 12 + size])
+            start += 12 + size + 4
+            for value in event.summary.value:
+                given = value.image if value.HasField("image") else value.simple_value
+                found.setdefault(value.tag, []).append((event.step, given))
+    return found
+
+
+def test_a_run_is_in_tensorboard(finished):
+    events = read_events(finished.workdir / "bottle")
+    metrics = runs.read_metrics(finished.workdir)
+    for name in ("loss/total", "validation/total"):
+        expected = [(line["step"], line[name]) for line in metrics if name in line]
+        assert events[name] == [(step, pytest.approx(v)) for step, v in expected]
+    auroc = runs.read_results(finished.workdir)["mean"]["image_auroc"]
+    assert events["test/image_auroc"] == [(metrics[-1]["step"], pytest.approx(auroc))]
+    assert {"test/good", "test/broken"} <= events.keys()
+
+
+def test_pictures_of_a_run_have_one_scale(tmp_path):
+    """A map is not stretched from its own lowest to its own highest value."""
+    image = np.full((32, 32, 3), 128, np.uint8)
+    maps = np.zeros((2, 32, 32), np.float32)
+    maps[0, :, 16:], maps[1, :, 16:] = 0.5, 2.0  # 0 is in both
+    maps[:, 16:, 16:] = 0.5
+    pictures.write(
+        tmp_path,
+        SimpleNamespace(score=maps.max((1, 2)), anomaly_map=maps),
+        SimpleNamespace(
+            types=["good", "good"],
+            labels=np.zeros(2, int),
+            images=np.stack([image, image]),
+            masks=np.zeros(maps.shape, bool),
+        ),
+        ["low", "high"],
+        SimpleNamespace(
+            calibration=SimpleNamespace(display_low=0.0, display_high=1.0),
+            thresholds=SimpleNamespace(pixel=9.0),
+        ),
+        limit=-1,
+    )
+    low, high = (
+        np.asarray(Image.open(tmp_path / "good" / f"{name}.png"))[:, -32:]
+        for name in ("low", "high")
+    )
+    assert low.shape == (32, 32, 3)
+    np.testing.assert_array_equal(low[:, :16], high[:, :16])
+    np.testing.assert_array_equal(low[16:], high[16:])
+    assert (low[:16, 16:] != high[:16, 16:]).any(-1).all()

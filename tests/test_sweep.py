@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import ablation
 from configs import sweep as sweep_config
 from tests import runs
+from ulsad_jax import config as config_lib
 from ulsad_jax import pretrained, training
 from ulsad_jax.errors import Interrupted, UserError
 from ulsad_jax.losses import make_loss_fn
@@ -85,7 +87,7 @@ def test_member_is_its_lone_run(swept, data, tmp_path):
 
 
 def test_members_on_two_devices(swept, data, tmp_path):
-    """Three members, so that a place is left over; an equal config on one device."""
+    """As on one device. (CPUs train members in turn; see eight_devices.py.)"""
     flags = {
         "sweep.grid.seed": (0, 1, 2),
         "dataset.root": data,
@@ -464,6 +466,19 @@ def test_folder_of_something_else(finished, swept, tmp_path):
     assert not (finished.workdir / "members").exists()
 
 
+@pytest.mark.parametrize(("base", "own"), [("quickstart", 1), ("mvtec_loco", 2)])
+def test_every_variant_of_the_ablation_can_be_made(base, own):
+    """Twelve everywhere, and others where the trunk is built in or from the hub."""
+    config = ablation.get_config(base)
+    config.dataset.root = config.dataset.root or "data"
+    members = grid.list_members(config, ["a"])
+    settings = {member.setting for member in members}
+    assert len(settings) == 12 + own
+    assert len(members) == 3 * len(settings)
+    for member in members:
+        config_lib.validate(member.config)
+
+
 def test_waves():
     budget = memory.Budget(device=100, host=10)
     options = {"item_bytes": 30, "devices": 2, "budget": budget}
@@ -477,31 +492,22 @@ def test_waves():
 
 
 def test_estimate_grows_with_what_it_counts():
-    config, _, _ = make_parts()
+    config, model, shapes = make_parts()
     base = memory.estimate_member(config)
-    parameters = (
-        3
-        * 4
-        * sum(
-            leaf.size
-            for leaf in jax.tree.leaves(
-                jax.eval_shape(
-                    lambda: training.make_model(config).init(
-                        jax.random.key(0),
-                        jnp.zeros((2, 8, 8, 384)),
-                        jnp.zeros((2, 64, 64, 3)),
-                        train=False,
-                    )
-                )
-            )
-        )
+    variables = jax.eval_shape(
+        lambda features, image: model.init(
+            jax.random.key(0), features, image, train=False
+        ),
+        *shapes.values(),
     )
-    assert base > parameters
-    for field, value in (("local_width", 64),):
-        config.model[field] = value
-    assert memory.estimate_member(config) > base
+    parameters = 4 * sum(leaf.size for leaf in jax.tree.leaves(variables))
+    assert base > memory.COPIES * parameters
+    config.model.local_width = 64
+    wider = memory.estimate_member(config)
+    assert wider > base
     config.train.batch_size *= 2
-    assert memory.estimate_member(config) > base
+    inputs = sum(shape.size * shape.dtype.itemsize for shape in shapes.values())
+    assert memory.estimate_member(config) >= wider + 2 * inputs
 
 
 def test_losses_of_other_sums_are_not_compared():

@@ -15,14 +15,15 @@ BATCH = 16
 BANK = 20_000  # patches at most
 
 
-def make_measure(*, pool: bool, whiten: bool):
+def make_measure(*, pool: bool, whiten: bool, layers: str):
     """Returns `measure(trunk, category) -> {type: AUROC}`.
 
     Args:
         pool: whether to average features over 3 x 3 positions.
         whiten: whether features are whitened, whatever the trunk.
+        layers: of the trunk, see `FeaturePyramid.layers`.
     """
-    apply = jax.jit(FeaturePyramid("resnet18").apply)
+    apply = jax.jit(FeaturePyramid("resnet18", layers=layers).apply)
 
     def extract(trunk, images: np.ndarray) -> np.ndarray:
         rows = np.arange(-(-len(images) // BATCH) * BATCH) % len(images)

@@ -33,6 +33,7 @@ _RUNS = flags.DEFINE_list("runs", ["0"], "Seeds of ULSAD's training.")
 _EPOCHS = flags.DEFINE_integer("epochs", 20, "Of ULSAD's training.")
 _POOL = flags.DEFINE_bool("pool", False, "nn: average features over 3 x 3 positions.")
 _WHITEN = flags.DEFINE_bool("whiten", False, "Whiten every trunk's features.")
+_LAYERS = flags.DEFINE_string("layers", "layer2+layer3", "Of the trunk.")
 _SIZE = flags.DEFINE_integer("size", 128, "Side of the images in pixels.")
 _TRAIN = flags.DEFINE_integer("train", 40, "Training images a category.")
 _VALIDATION = flags.DEFINE_integer("validation", 10, "Validation images a category.")
@@ -128,7 +129,9 @@ def make_measure():
     if _MEASURE.value == "nn":
         import judge_nn
 
-        return judge_nn.make_measure(pool=_POOL.value, whiten=_WHITEN.value)
+        return judge_nn.make_measure(
+            pool=_POOL.value, whiten=_WHITEN.value, layers=_LAYERS.value
+        )
     import judge_ulsad
 
     return judge_ulsad.Measure(
@@ -136,6 +139,7 @@ def make_measure():
         seeds=[int(s) for s in _RUNS.value],
         size=_SIZE.value,
         whiten=_WHITEN.value,
+        layers=_LAYERS.value,
     )
 
 

@@ -25,12 +25,15 @@ class Measure:
         seeds: of initial weights and order; results are averaged over them.
         size: side of the images in pixels.
         whiten: whether features are whitened, whatever the trunk.
+        layers: of the trunk, see `FeaturePyramid.layers`.
     """
 
-    def __init__(self, *, epochs: int, seeds: list[int], size: int, whiten: bool):
+    def __init__(
+        self, *, epochs: int, seeds: list[int], size: int, whiten: bool, layers: str
+    ):
         self.config = config = quickstart.get_config()
         self.epochs, self.seeds, self.size, self.whiten = epochs, seeds, size, whiten
-        pyramid = FeaturePyramid(config.trunk.architecture)
+        pyramid = FeaturePyramid(config.trunk.architecture, layers=layers)
         self.model = model = training.make_model(config)
         self.optimizer = training.make_optimizer(**config.optimizer)
         self.apply_pyramid = jax.jit(pyramid.apply)

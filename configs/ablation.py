@@ -13,14 +13,16 @@ TERMS = ("local", "attention", "consistency")
 def get_config(base: str = "quickstart") -> ConfigDict:
     """Returns one variant for each thing that the paper varies, with three seeds.
 
-    Fusions are compared in every variant; features are whitened in all but one where
-    the trunk is built in. DFR is the local term alone without cosine; its maps are the
-    local ones.
+    The full system has both layers of the trunk, as published, also where the base has
+    one. Fusions are compared in every variant; features are whitened in all but one
+    where the trunk is built in. DFR is the local term alone without cosine; its maps
+    are the local ones.
 
     Args:
         base: see configs/sweep.py.
     """
     config = sweep.get_config(base)
+    config.trunk.layers = "layer2+layer3"
     config.sweep.fusions = True
     config.evaluation.original_resolution = False
     config.evaluation.pictures_per_type = 2

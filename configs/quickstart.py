@@ -12,6 +12,7 @@ def get_config(category: str = "assembly") -> ConfigDict:
     config.image_size = (128, 128)
     config.trunk.architecture = "resnet18"
     config.trunk.source = "builtin"
+    config.trunk.layers = "layer2"  # of this trunk alone the better: see the README
     config.model.local_width = 384
     config.train.num_epochs = 20
     config.optimizer.learning_rate = 1e-3  # there are only 240 updates

@@ -472,8 +472,9 @@ def test_every_variant_of_the_ablation_can_be_made(base, own):
     config = ablation.get_config(base)
     config.dataset.root = config.dataset.root or "data"
     members = grid.list_members(config, ["a"])
-    settings = {member.setting for member in members}
+    settings = {member.setting: member.config for member in members}
     assert len(settings) == 12 + own
+    assert settings["full"].trunk.layers == "layer2+layer3"
     assert len(members) == 3 * len(settings)
     for member in members:
         config_lib.validate(member.config)

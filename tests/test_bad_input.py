@@ -276,9 +276,10 @@ def test_command_line(tmp_path, program, flags, message, traceback):
 # Work directories
 
 
-def test_evaluation_without_checkpoints(finished, tmp_path):
+@pytest.mark.parametrize("lost", ["bottle/checkpoints", "bottle"])
+def test_evaluation_without_checkpoints(finished, tmp_path, lost):
     workdir = runs.copy(finished, tmp_path).workdir
-    shutil.rmtree(workdir / "bottle" / "checkpoints")
+    shutil.rmtree(workdir / lost)
     with pytest.raises(UserError, match=r"category 'bottle'.*those of none.*train\.py"):
         experiment.evaluate(workdir)
     assert not (workdir / "bottle" / "checkpoints").exists()

@@ -277,6 +277,12 @@ def test_a_run_is_in_tensorboard(finished):
     assert {"test/good", "test/broken"} <= events.keys()
 
 
+def test_pictures_of_a_run_have_three_panels(finished):
+    path = next((finished.workdir / "bottle" / "pictures" / "good").iterdir())
+    with Image.open(path) as picture:
+        assert picture.size == (3 * 64 + 8, 64)
+
+
 def test_pictures_of_a_run_have_one_scale(tmp_path):
     """A map is not stretched from its own lowest to its own highest value."""
     image = np.full((32, 32, 3), 128, np.uint8)

@@ -47,6 +47,10 @@ def test_raw_maps_compare_the_right_outputs():
     assert maps.local.shape == maps.global_.shape == (2, *size)
     assert np.abs(maps.local).max() < 1e-5
     assert np.abs(maps.global_).max() < 1e-5
+    # A constant distance is neither enlarged nor blurred away.
+    ones = {"features": np.ones_like(x), "local": np.full_like(x, 4)}
+    off = scoring.raw_maps(outputs | ones, size)
+    np.testing.assert_allclose(off.local, 9, rtol=1e-5)
     off = scoring.raw_maps(outputs | {"local": 2 * x}, size)
     doubled = scoring.enlarge_and_blur(np.square(x).mean(-1), size)
     np.testing.assert_allclose(off.local, doubled, rtol=1e-5)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import mvtec_ad
 from ulsad_jax import experiment
 
+REPOSITORY = Path(__file__).parents[1]
 EPOCHS = 4
 FIELDS = {
     "image_size": (64, 64),
@@ -107,7 +108,12 @@ def read_results(workdir: Path, *parts: str) -> dict[str, Any]:
 
 
 def read_scores(workdir: Path, category: str = "bottle") -> list[dict[str, str]]:
-    with (workdir / category / "scores.csv").open(newline="") as file:
+    return read_table(workdir / category / "scores.csv")
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file that has a header."""
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

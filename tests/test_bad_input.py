@@ -29,7 +29,6 @@ from ulsad_jax.data import builder, records
 from ulsad_jax.errors import UserError, reported
 from ulsad_jax.writer import Writer
 
-REPOSITORY = Path(__file__).parents[1]
 # Anything a file may be called that is not a path.
 NAMES = ["a b", "a_b", "it's", '"q"', "ü漢字", "<b>&amp;", "-x", "a,b", "$(ls)", "100%"]
 
@@ -261,9 +260,9 @@ def test_command_line(tmp_path, program, flags, message, traceback):
     )
     (tmp_path / "words.txt").write_text("no program at all")
     done = subprocess.run(
-        [sys.executable, REPOSITORY / program, *flags, "--workdir=run"],
+        [sys.executable, runs.REPOSITORY / program, *flags, "--workdir=run"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(runs.REPOSITORY)},
         capture_output=True,
         text=True,
     )

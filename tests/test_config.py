@@ -11,10 +11,10 @@ import pytest
 
 import configs
 from configs import default, mvtec_ad, quickstart
+from tests import runs
 from ulsad_jax import config as config_lib
 from ulsad_jax.errors import UserError
 
-REPOSITORY = Path(__file__).parents[1]
 # Every config of train.py; pretrain.py is another program's.
 NAMES = {m.name for m in pkgutil.iter_modules(configs.__path__)}
 NAMES = sorted(NAMES - {"default", "pretrain"})
@@ -182,7 +182,7 @@ def test_command_line_that_does_not_fit(tmp_path, flag, expected):
     command = [sys.executable, "train.py", "--config=configs/quickstart.py", flag]
     done = subprocess.run(
         [*command, f"--workdir={tmp_path / 'run'}"],
-        cwd=REPOSITORY,
+        cwd=runs.REPOSITORY,
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,5 @@
 """The commands, as a person types them, on photographs."""
 
-import csv
 import json
 import os
 import shutil
@@ -13,7 +12,8 @@ import pytest
 import skimage
 from PIL import Image, ImageDraw
 
-REPOSITORY = Path(__file__).parents[1]
+from tests import runs
+
 TILE = 64
 EPOCHS = 6
 SPLITS = {"train/good": 40, "test/good": 12, "test/scratch": 12}
@@ -62,7 +62,7 @@ def run(*command: str) -> str:
     """Runs a program of the repository; returns what it printed."""
     done = subprocess.run(
         [sys.executable, *command],
-        cwd=REPOSITORY,
+        cwd=runs.REPOSITORY,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -98,7 +98,7 @@ def test_results(trained):
     assert metrics["pixel_auroc"] > 0.75
     assert document["trunk"]["source"] == "random:0"
     assert not document["selected_on_test"]
-    row, mean = read_csv(workdir / "results.csv")
+    row, mean = runs.read_table(workdir / "results.csv")
     assert (row["category"], mean["category"]) == ("photographs", "mean")
     assert float(row["image_auroc"]) == metrics["image_auroc"]
     assert f"{100 * metrics['pixel_auroc']:.2f}" in printed
@@ -106,7 +106,7 @@ def test_results(trained):
 
 
 def test_scores(trained):
-    rows = read_csv(trained[0] / "photographs" / "scores.csv")
+    rows = runs.read_scores(trained[0], "photographs")
     labels = [row["label"] for row in rows]
     assert labels == ["0"] * 12 + ["1"] * 12
     assert {row["type"] for row in rows} == {"good", "scratch"}
@@ -147,14 +147,15 @@ def test_evaluating_again_gives_the_same(trained):
 def test_evaluating_in_another_way(trained, tmp_path):
     """Every flag arrives where it belongs."""
     workdir = shutil.copytree(trained[0], tmp_path / "run")
-    flags = ["--image_threshold=0.25", "--pixel_threshold=0.75", "--write_maps"]
+    moved = shutil.copytree(
+        trained[0].parent / "photographs", tmp_path / "moved" / "photographs"
+    )
+    flags = [f"--root={moved}", "--write_maps"]
+    flags += ["--image_threshold=0.25", "--pixel_threshold=0.75"]
     run("eval.py", f"--workdir={workdir}", *flags, "--selection=best_validation_loss")
     document = json.loads((workdir / "photographs" / "results.json").read_text())
     assert (document["image_threshold"], document["pixel_threshold"]) == (0.25, 0.75)
     assert document["selection"] == "best_validation_loss"
+    rows = runs.read_scores(workdir, "photographs")
+    assert all(Path(row["image"]).is_relative_to(moved) for row in rows)
     assert len(list((workdir / "maps/photographs/test").glob("*/*.tiff"))) == 24
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))

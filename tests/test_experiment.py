@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from ulsad_jax.errors import Interrupted, UserError, reported
 from ulsad_jax.models.pyramid import FeaturePyramid
 from ulsad_jax.models.ulsad import Ulsad
 
-REPOSITORY = Path(__file__).parents[1]
 # train.py itself, with a pause before every step: time to stop it somewhere.
 SLOWLY = """
 import runpy, sys, time
@@ -53,7 +51,7 @@ def start_slowly(config, workdir: Path) -> subprocess.Popen:
     command = [sys.executable, "-c", SLOWLY, "--config=configs/mvtec_ad.py:bottle"]
     return subprocess.Popen(
         [*command, *flags, f"--workdir={workdir}"],
-        cwd=REPOSITORY,
+        cwd=runs.REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -322,8 +320,7 @@ def test_mean_row(both):
     document = runs.read_results(both.workdir)
     aurocs = [row["image_auroc"] for row in document["categories"].values()]
     assert document["mean"]["image_auroc"] == pytest.approx(sum(aurocs) / 2)
-    with (both.workdir / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = runs.read_table(both.workdir / "results.csv")
     assert [row["category"] for row in rows] == ["cable", "bottle", "mean"]
     assert float(rows[2]["image_auroc"]) == document["mean"]["image_auroc"]
     assert {row["selected_on_test"] for row in rows} == {"False"}
@@ -366,8 +363,8 @@ def selected_on_test(data, tmp_path_factory):
 def test_selection_on_the_test_set_is_marked(selected_on_test):
     workdir = selected_on_test.workdir
     assert runs.read_results(workdir)["selected_on_test"] is True
-    with (workdir / "results.csv").open(newline="") as file:
-        assert {row["selected_on_test"] for row in csv.DictReader(file)} == {"True"}
+    rows = runs.read_table(workdir / "results.csv")
+    assert {row["selected_on_test"] for row in rows} == {"True"}
     assert "SELECTED ON THE TEST SET" in selected_on_test.printed
 
 

@@ -20,12 +20,13 @@ from ulsad_jax.data.resize import resize_bilinear
 from ulsad_jax.errors import UserError
 
 SCORES = ("score", "normalized_score", "local_score", "global_score")
-# A machine with JAX and what reads its files, and nothing of this project.
-PROGRAM = """
+# A machine with what the README says, and nothing of this project.
+ALONE = """
 import sys
 from importlib import metadata
 
 allowed = {"jax", "jaxlib", "numpy", "flatbuffers", "ml_dtypes", "opt_einsum", "scipy"}
+allowed |= {"PIL", "defusedxml"}  # which Pillow looks for
 refused = {"ulsad_jax", *metadata.packages_distributions()} - allowed
 
 
@@ -36,20 +37,16 @@ class Refuse:
 
 
 sys.meta_path.insert(0, Refuse())
-import json, zipfile
-import jax, jax.export
-import numpy as np
-
-with zipfile.ZipFile(sys.argv[1]) as file:
-    about = json.loads(file.read("metadata.json"))
-    detect = jax.jit(jax.export.deserialize(file.read("model.jax")).call)
-images = np.load(sys.argv[2])
+"""
+# After the README's example, which opens bottle.zip and photo.png.
+BATCHES = """
+images = np.load("images.npy")
 assert list(images.shape[1:3]) == about["image_size"]
-found = {}
+found = {f"{name}/photo": value for name, value in found.items()}
 for count in (1, 3, 8):
     for name, value in jax.device_get(detect(images[:count])).items():
         found[f"{name}/{count}"] = value
-np.savez(sys.argv[3], **found)
+np.savez("out.npz", **found)
 assert not {"flax", "orbax", "ulsad_jax"} & sys.modules.keys()
 """
 
@@ -79,16 +76,22 @@ def read(path):
 
 def test_same_numbers_where_jax_is_alone(finished, exported, images, tmp_path):
     np.save(tmp_path / "images.npy", images)
-    out = tmp_path / "out.npz"
+    photo = np.random.default_rng(0).integers(0, 256, (50, 90, 3)).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    shutil.copy(exported, tmp_path / "bottle.zip")
+    section = (runs.REPOSITORY / "README.md").read_text().split("## Export\n")[1]
+    example = section.split("```python\n")[1].split("```")[0]
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM, exported, tmp_path / "images.npy", out],
+        [sys.executable, "-c", ALONE + example + BATCHES],
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
     assert ran.returncode == 0, ran.stderr
-    found = np.load(out)
+    found = np.load(tmp_path / "out.npz")
     detector = ulsad_jax.Detector.load(finished.workdir)
+    score = detector(tmp_path / "photo.png").score
+    assert found["score/photo"] == pytest.approx(score, rel=1e-5, abs=1e-5)
     expected = detector(list(images))
     rows = runs.read_scores(finished.workdir)
     near = {"rtol": 1e-5, "atol": 1e-5}

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ import pytest
 
 from tests import runs
 
-REPOSITORY = Path(__file__).parents[1]
 # Programs that are compiled quickly.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PATIENCE = 900  # seconds, for machines that are busy
@@ -56,7 +54,7 @@ def start(config, workdir, count, *more, last=()):
         with log.open("w") as file:
             process = subprocess.Popen(
                 [*command, f"--workdir={workdir}", *fields, *flags],
-                cwd=REPOSITORY,
+                cwd=runs.REPOSITORY,
                 env=os.environ | {"XLA_FLAGS": FLAGS},
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -206,7 +204,7 @@ def test_processes_that_cannot_be_joined(tmp_path, flags, message):
     command += [f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(
         [*command, *flags],
-        cwd=REPOSITORY,
+        cwd=runs.REPOSITORY,
         env=outside,
         capture_output=True,
         text=True,

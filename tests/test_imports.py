@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests import runs
+
 COMMANDS = {
     "train.py": "run_path",
     "eval.py": "run_path",
@@ -78,7 +78,7 @@ def test_help_imports_nothing_heavy(name):
     program = HELP.format(run=COMMANDS[name], name=name)
     ran = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=REPOSITORY,
+        cwd=runs.REPOSITORY,
         capture_output=True,
         text=True,
         check=False,

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -18,14 +17,13 @@ from tests import runs
 from ulsad_jax import experiment, inspect_losses, loss_inspection, losses, training
 from ulsad_jax.models.ulsad import NETWORKS
 
-REPOSITORY = Path(__file__).parents[1]
 SECTION = "### A laboratory for loss terms"
 STEP = 200
 
 
 @pytest.fixture(scope="module")
 def section():
-    text = (REPOSITORY / "README.md").read_text()
+    text = (runs.REPOSITORY / "README.md").read_text()
     return text.split(SECTION)[1].split("\n## ")[0]
 
 
@@ -220,7 +218,7 @@ def test_command_of_the_readme(section, mine, fields):
             "--config.image_size=(64, 64)",
             *(f"--config.{field}={value}" for field, value in flags.items()),
         ],
-        cwd=REPOSITORY,
+        cwd=runs.REPOSITORY,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(mine)},
         capture_output=True,
         text=True,

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,13 +17,7 @@ from ulsad_jax import predict, predictions
 from ulsad_jax.errors import UserError
 from ulsad_jax.results import SCORES
 
-REPOSITORY = Path(__file__).parents[1]
 BAD = ("broken/bomb.png", "broken/cut.jpg", "broken/empty.png", "broken/text.png")
-
-
-def read_csv(folder):
-    with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def read_json(folder):
@@ -83,7 +75,7 @@ def detector(finished):
 def test_bad_files_are_error_rows(predicted):
     status, output = predicted
     assert status == 1
-    rows = read_csv(output)
+    rows = runs.read_table(output / "scores.csv")
     assert len(rows) == 11
     assert [row["name"] for row in rows if row["error"]] == list(BAD)
     for row in rows:
@@ -94,7 +86,7 @@ def test_bad_files_are_error_rows(predicted):
 
 
 def test_json_lines_say_what_the_table_says(predicted):
-    rows, lines = read_csv(predicted[1]), read_json(predicted[1])
+    rows, lines = runs.read_table(predicted[1] / "scores.csv"), read_json(predicted[1])
     assert len(rows) == len(lines)
     for row, line in zip(rows, lines, strict=True):
         assert list(row) == list(line) == list(predictions.COLUMNS)
@@ -117,7 +109,11 @@ def test_rows_are_what_the_detector_says(predicted, detector):
 
 def test_pictures_mirror_the_tree_at_the_inputs_size(predicted, detector, mixed):
     output = predicted[1]
-    good = [row["name"] for row in read_csv(output) if not row["error"]]
+    good = [
+        row["name"]
+        for row in runs.read_table(output / "scores.csv")
+        if not row["error"]
+    ]
     for kind, ending in (("overlays", ".png"), ("masks", ".png"), ("maps", ".tiff")):
         folder = output / kind
         found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
@@ -140,7 +136,7 @@ def test_nothing_is_drawn_unasked(finished, data, tmp_path):
     flags = [f"--workdir={finished.workdir}", f"--output={output}", "--category=bottle"]
     assert predict.main([*flags, str(test)]) == 0
     assert {path.name for path in output.iterdir()} == {"scores.csv", "scores.jsonl"}
-    found = {row["image"]: row for row in read_csv(output)}
+    found = {row["image"]: row for row in runs.read_table(output / "scores.csv")}
     expected = runs.read_scores(finished.workdir)
     assert len(found) == len(expected)
     for row in expected:
@@ -156,7 +152,7 @@ def test_the_program(finished, mixed, tmp_path):
     done = subprocess.run(
         [*command, *flags, "--image_threshold=1e9"],
         cwd=mixed,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(runs.REPOSITORY)},
         capture_output=True,
         text=True,
     )

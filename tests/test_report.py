@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -139,6 +140,17 @@ def test_worst_images_come_first(tmp_path):
     verdicts = [t for t in seen.texts if t in ("missed", "false alarm", "found")]
     assert verdicts == ["false alarm", "missed", "found"]
     assert seen.tags.count("img") == 3
+
+
+def test_pictures_are_limited_over_all_categories(tmp_path, monkeypatch):
+    """Half of them, the worst, where there are two categories and room for four."""
+    monkeypatch.setattr(page, "MAX_PICTURES", 4)
+    run = run_files.read(write_run(tmp_path))
+    (category,) = run.categories
+    seen = Page(page.compose(dataclasses.replace(run, categories=[category] * 2)))
+    assert seen.tags.count("img") == 4
+    verdicts = [t for t in seen.texts if t in ("missed", "false alarm", "found")]
+    assert verdicts == ["false alarm", "missed"] * 2
 
 
 def test_undefined_metric_is_a_dash(tmp_path):

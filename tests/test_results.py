@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -34,11 +33,6 @@ def read_json(path: Path):
     return json.loads(path.read_text(), parse_constant=refuse_constant)
 
 
-def read_csv(path: Path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_mean_leaves_undefined_metrics_out():
     rows = {"a": {"x": 1.0, "y": NAN}, "b": {"x": NAN, "y": NAN}, "c": {"x": 2.0}}
     mean = results.mean_row(rows)
@@ -63,7 +57,7 @@ def test_json_has_finite_numbers_alone(value):
 
 def test_csv(tmp_path):
     results.write(tmp_path, ROWS, ABOUT | {"selected_on_test": True})
-    rows = read_csv(tmp_path / "results.csv")
+    rows = runs.read_table(tmp_path / "results.csv")
     assert [row["category"] for row in rows] == ["bottle", "cable", "mean"]
     assert {row["selected_on_test"] for row in rows} == {"True"}
     assert [row["image_auroc"] for row in rows] == ["0.5", "1.0", "0.75"]
@@ -142,7 +136,7 @@ def test_scores(tmp_path):
         mask_area=np.int32([0, 4]),
     )
     results.write_scores(tmp_path / "scores.csv", records, prediction)
-    first, second = read_csv(tmp_path / "scores.csv")
+    first, second = runs.read_table(tmp_path / "scores.csv")
     assert first["image"] == "/d/good/0.png"
     assert (second["name"], second["type"], second["label"]) == ("cut/a,b", "cut", "1")
     assert np.float32(first["score"]) == np.float32(0.1)  # every digit

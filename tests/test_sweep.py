@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -43,11 +42,6 @@ def make_config(root, axes, *, variants=None, category="bottle,cable", **fields)
     config.sweep.grid.update_from_flattened_dict(axes)
     config.sweep.variants = ConfigDict(variants or {})
     return config
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +172,7 @@ def test_ten_steps_are_those_of_lone_runs(alone, backend):
 
 def test_table(swept):
     """Mean and deviation over seeds; every number is a member's."""
-    members = read(swept.workdir / "members.csv")
+    members = runs.read_table(swept.workdir / "members.csv")
     assert len(members) == 4
     for member in members:
         folder = swept.workdir / "members" / member["member"]
@@ -186,7 +180,8 @@ def test_table(swept):
         assert float(member["image_auroc"]) == document["image_auroc"]
         assert member["failure"] == ""
     rows = {
-        (r["setting"], r["category"]): r for r in read(swept.workdir / "results.csv")
+        (r["setting"], r["category"]): r
+        for r in runs.read_table(swept.workdir / "results.csv")
     }
     assert len(rows) == 3  # bottle, cable and their mean
     for (setting, category), row in rows.items():
@@ -253,7 +248,9 @@ def interrupt_after(monkeypatch, count, action):
 
 def assert_same_sweep(found, expected):
     for row, other in zip(
-        read(found / "members.csv"), read(expected / "members.csv"), strict=True
+        runs.read_table(found / "members.csv"),
+        runs.read_table(expected / "members.csv"),
+        strict=True,
     ):
         assert row["member"] == other["member"]
         for name, value in row.items():
@@ -313,7 +310,7 @@ def test_more_members_later(swept, tmp_path, monkeypatch):
     config.dataset.category = "cable"
     sweep.train(config, workdir)
     assert trained == [1]
-    rows = read(workdir / "results.csv")
+    rows = runs.read_table(workdir / "results.csv")
     assert [(r["category"], r["seeds"]) for r in rows] == [("cable", "3")]
 
 
@@ -323,12 +320,12 @@ def test_diverging_member_leaves_the_others_alone(swept, data, tmp_path):
     for _ in range(2):  # and is not tried again
         printed = sweep.train(config, tmp_path)
         assert "failed: Expected finite losses, found " in printed
-    good, bad = read(tmp_path / "members.csv")
+    good, bad = runs.read_table(tmp_path / "members.csv")
     assert "finite" in bad["failure"]
     assert good["failure"] == "" and float(good["image_auroc"]) >= 0
     best = json.loads((tmp_path / "results.json").read_text())["best"]["cable"]
     assert best["by_validation_loss"]["member"] == good["member"]
-    rows = read(tmp_path / "results.csv")
+    rows = runs.read_table(tmp_path / "results.csv")
     assert [row["seeds"] for row in rows] == ["1", "0"]
     for row in (rows[0]["image_auroc std"], rows[1]["image_auroc mean"], bad["aupro"]):
         assert row == ""  # undefined
@@ -338,7 +335,7 @@ def test_sweep_of_which_nothing_is_left_fails(data, tmp_path):
     config = make_config(data, {"optimizer.learning_rate": (1e38,)}, category="cable")
     with pytest.raises(UserError, match=r"found none:\n(.*\n)*.*failed: Expected fin"):
         sweep.train(config, tmp_path)
-    assert len(read(tmp_path / "members.csv")) == 1
+    assert len(runs.read_table(tmp_path / "members.csv")) == 1
 
 
 def test_seed_is_one_column(swept):
@@ -376,7 +373,7 @@ def test_variants_of_other_programs_and_fusions(data, tmp_path):
     assert programs["full"] != programs["identity"]
     printed = sweep.train(config, tmp_path)
     assert "AUROC, local" in printed and "AUROC, raw mean" in printed
-    for row in read(tmp_path / "members.csv"):
+    for row in runs.read_table(tmp_path / "members.csv"):
         folder = tmp_path / "members" / row["member"]
         scores = runs.read_scores(folder, "cable")
         labels = np.array([int(s["label"]) for s in scores])

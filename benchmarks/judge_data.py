@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -149,7 +150,7 @@ def keep(categories: Iterator[Category], folder: Path, key: object) -> list[Cate
             for field, value in zip(fields, category, strict=True)
         }
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npz")
+        partial = path.with_suffix(f".{os.getpid()}.npz")  # others may write it, too
         np.savez(partial, **arrays)
         partial.replace(path)
         return found

@@ -6,16 +6,15 @@ from configs import default
 
 
 def get_config(category: str = "assembly") -> ConfigDict:
-    """Returns the built-in trunk at a reduced size."""
+    """Returns the built-in trunk, narrow networks and few epochs."""
     config = default.get_config(category)
     config.dataset.name = "synthetic"
-    config.image_size = (128, 128)
     config.trunk.architecture = "resnet18"
     config.trunk.source = "builtin"
     config.trunk.layers = "layer2"  # of this trunk alone the better: see the README
     config.model.local_width = 384
-    config.train.num_epochs = 20
-    config.optimizer.learning_rate = 1e-3  # there are only 240 updates
+    config.train.num_epochs = 12
+    config.optimizer.learning_rate = 1e-3  # there are only 144 updates
     config.evaluation.batch_size = 16
     config.evaluation.original_resolution = True
     return config

@@ -13,8 +13,8 @@ TERMS = ("local", "attention", "consistency")
 def get_config(base: str = "quickstart") -> ConfigDict:
     """Returns one variant for each thing that the paper varies, with three seeds.
 
-    The full system has both layers of the trunk, as published, also where the base has
-    one. Fusions are compared in every variant; features are whitened in all but one
+    The full system has both layers of the trunk, as published, whatever the base has.
+    Fusions are compared in every variant; features are whitened in all but one
     where the trunk is built in. DFR is the local term alone without cosine; its maps
     are the local ones.
 

@@ -59,8 +59,10 @@ def get_config(category: str = "all") -> ConfigDict:
     trunk.repository = "timm/wide_resnet50_2.racm_in1k"
     # A .safetensors file, or a .pth file where PyTorch is installed.
     trunk.path = ""
-    # Whose outputs are the features: "layer2+layer3" as published, "layer2", "layer3".
-    trunk.layers = "layer2+layer3"
+    # Whose outputs are the features: "layer2+layer3" as published, "layer2", "layer3",
+    # or "auto", which is "layer2" with the built-in trunk, of which that is the better
+    # part, and both with others.
+    trunk.layers = "auto"
     # Whether features are decorrelated over the training images, not only scaled to
     # unit variance as published: "always", "never", or "auto", which is always with the
     # built-in trunk, because it needs that, and never with others.

@@ -11,7 +11,6 @@ def get_config(category: str = "assembly") -> ConfigDict:
     config.dataset.name = "synthetic"
     config.trunk.architecture = "resnet18"
     config.trunk.source = "builtin"
-    config.trunk.layers = "layer2"  # of this trunk alone the better: see the README
     config.model.local_width = 384
     config.train.num_epochs = 12
     config.optimizer.learning_rate = 1e-3  # there are only 144 updates

@@ -491,6 +491,22 @@ def test_networks_are_what_the_config_says():
     )
 
 
+@pytest.mark.parametrize(
+    ("source", "layers", "expected"),
+    [
+        ("builtin", "auto", "layer2"),
+        ("hub", "auto", "layer2+layer3"),
+        ("random", "auto", "layer2+layer3"),
+        ("builtin", "layer2+layer3", "layer2+layer3"),
+        ("hub", "layer2", "layer2"),
+    ],
+)
+def test_built_in_trunk_has_layer2_by_itself(source, layers, expected):
+    fields = {"trunk.source": source, "trunk.layers": layers}
+    config = runs.make_config(Path("data"), fields)
+    assert training.make_pyramid(config).layers == expected
+
+
 def test_validation_is_what_the_config_says(data, tmp_path):
     fields = {"train.num_epochs": 1, "calibration": "none"}
     fields |= {"threshold.image_fpr": 0.4, "threshold.pixel_fpr": 0.2}

@@ -15,7 +15,7 @@ from flax import serialization, traverse_util
 from jax import export
 
 import ulsad_jax
-from ulsad_jax import decisions, features, files, inference, scoring
+from ulsad_jax import decisions, features, files, inference, scoring, training
 from ulsad_jax.errors import UserError
 from ulsad_jax.models.pyramid import FeaturePyramid
 from ulsad_jax.models.ulsad import Ulsad
@@ -142,7 +142,7 @@ def describe(run: Run) -> dict[str, Any]:
         "resize": "bilinear, half-pixel centres, no antialiasing, aspect not kept",
         "networks": {
             "architecture": config.trunk.architecture,
-            "layers": config.trunk.layers,
+            "layers": training.make_pyramid(config).layers,
             "dtype": config.train.dtype,
             "model": config.model.to_dict(),
         },

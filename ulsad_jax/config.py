@@ -82,7 +82,7 @@ _RULES = {
     "dataset.validation_fraction": _BELOW_ONE,
     "trunk.architecture": _one_of(*ARCHITECTURES),
     "trunk.source": _one_of("builtin", "hub", "file", "random"),
-    "trunk.layers": _one_of(*LAYERS),
+    "trunk.layers": _one_of("auto", *LAYERS),
     "trunk.whiten": _one_of(*WHITEN),
     "model.local_width": _Rule(
         lambda v: isinstance(v, int) and v >= 4 and v % 4 == 0,

@@ -54,8 +54,10 @@ def make_model(config: ConfigDict) -> Ulsad:
 
 def make_pyramid(config: ConfigDict) -> FeaturePyramid:
     """The frozen network that a config describes."""
-    trunk, dtype = config.trunk, jnp.dtype(config.train.dtype)
-    return FeaturePyramid(trunk.architecture, dtype, trunk.layers)
+    trunk, layers = config.trunk, config.trunk.layers
+    if layers == "auto":
+        layers = "layer2" if trunk.source == "builtin" else "layer2+layer3"
+    return FeaturePyramid(trunk.architecture, jnp.dtype(config.train.dtype), layers)
 
 
 def make_optimizer(

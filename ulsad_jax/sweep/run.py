@@ -69,7 +69,7 @@ class Job:
         config = self.member.config
         count = len(self.data.train) + len(self.data.validation)
         size = tuple(config.image_size)
-        trunk = (self.trunk.identity.sha256, config.trunk.layers, config.train.dtype)
+        trunk = self.trunk.identity.sha256, training.make_pyramid(config)
         return (
             (self.member.category, self.data.fingerprint, size, *trunk),
             features.count_bytes(count, size),

@@ -14,9 +14,9 @@ def get_config(base: str = "quickstart") -> ConfigDict:
     """Returns one variant for each thing that the paper varies, with three seeds.
 
     The full system has both layers of the trunk, as published, whatever the base has.
-    Fusions are compared in every variant; features are whitened in all but one
-    where the trunk is built in. DFR is the local term alone without cosine; its maps
-    are the local ones.
+    Fusions are compared in every variant; features are whitened in all but one where
+    the trunk is built in. DFR is the local term alone without cosine; its maps are the
+    local ones.
 
     Args:
         base: see configs/sweep.py.

@@ -53,7 +53,7 @@ def make_model(config: ConfigDict) -> Ulsad:
 
 
 def make_pyramid(config: ConfigDict) -> FeaturePyramid:
-    """The frozen network that a config describes."""
+    """The frozen network that a config describes; decides what layers "auto" are."""
     trunk, layers = config.trunk, config.trunk.layers
     if layers == "auto":
         layers = "layer2" if trunk.source == "builtin" else "layer2+layer3"

@@ -381,7 +381,7 @@ def test_no_room_for_a_checkpoint(tmp_path, monkeypatch):
 def test_full_disk_while_preparing_data(tmp_path, monkeypatch):
     root = trees.write_folder(tmp_path / "data", train=6)
 
-    def fail(record):
+    def fail(record, survey):
         raise RuntimeError("write() failed: No space left on device; at byte 7")
 
     with monkeypatch.context() as patch:

@@ -20,6 +20,7 @@ from ulsad_jax.data import builder as builder_module
 from ulsad_jax.data.builder import BUILDERS, RecordsBuilder, find_builder, to_example
 from ulsad_jax.data.layouts import LAYOUTS, find_records
 from ulsad_jax.data.records import Record, read_image, read_mask
+from ulsad_jax.data.survey import Survey
 from ulsad_jax.errors import UserError
 
 PROJECT = Path(ulsad_jax.data.__file__).parents[2]
@@ -254,12 +255,12 @@ from ulsad_jax.data import builder
 root, cache, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 to_example, read = builder.to_example, []
 
-def slow(record):
+def slow(record, survey):
     read.append(record)
     if len(read) == dies_at:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.02)
-    return to_example(record)
+    return to_example(record, survey)
 
 builder.to_example = slow
 data = builder.MvtecLoco(root=root, config="pushpins", data_dir=cache)
@@ -370,7 +371,7 @@ def encode_png_16_bit(pixels: np.ndarray) -> bytes:
 )
 def test_any_image_file_becomes_8_bit_rgb(tmp_path, kind, kept):
     path = write_format(tmp_path / "image", kind)
-    data = to_example(Record(path, "train"))["image"]
+    data = to_example(Record(path, "train"), Survey())["image"]
     assert (data == path.read_bytes()) == kept
     with Image.open(io.BytesIO(data)) as image:
         assert image.format in ("PNG", "JPEG")

@@ -139,10 +139,13 @@ def synthetic_root(config: ConfigDict) -> Path:
 
 
 def open_data(config: ConfigDict, category: str) -> Category:
-    """The images of a category that `list_categories` gave."""
+    """Opens the images of a category that `list_categories` gave.
+
+    Says what was noticed of them, in every run that uses them.
+    """
     dataset = config.dataset
     root = synthetic_root(config) if dataset.name == "synthetic" else Path(dataset.root)
-    return open_category(
+    data = open_category(
         dataset.name,
         root=root.expanduser(),
         category=category,
@@ -151,6 +154,10 @@ def open_data(config: ConfigDict, category: str) -> Category:
         validation_fraction=dataset.validation_fraction,
         seed=config.seed,
     )
+    if hosts.is_first():
+        for remark in data.survey.remarks:
+            print(f"[{category}] {remark}", flush=True)
+    return data
 
 
 def load_trunk(config: ConfigDict) -> pretrained.Trunk:

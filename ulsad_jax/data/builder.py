@@ -39,9 +39,11 @@ from ulsad_jax.data.records import (
     SPLITS,
     Record,
     fingerprint,
+    read_file,
     read_image,
     read_mask,
 )
+from ulsad_jax.data.survey import Survey
 from ulsad_jax.errors import UserError, storage_errors
 from ulsad_jax.progress import progress
 
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
 
 LABELS = ("normal", "anomalous")
-FINGERPRINT_FILE = "fingerprint.txt"
+FINGERPRINT_FILE, SURVEY_FILE = "fingerprint.txt", "survey.json"
 INCOMPLETE = "incomplete."  # how TFDS begins the names of folders being written
 # TFDS holds a shard's encoded images in memory while it writes the shard.
 SHARD = 64
@@ -68,7 +70,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         fingerprint: changes whenever a source file does.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
 
     def __init__(
         self,
@@ -149,6 +151,10 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                     with storage_errors(folder):
                         super().download_and_prepare(**kwargs)
         self.info.read_from_directory(self.data_dir)
+
+    def read_survey(self) -> Survey:
+        """Returns what was noticed of the files when the category was built."""
+        return Survey.from_json(Path(self.data_dir, SURVEY_FILE).read_text())
 
     def as_data_source(self, *args: Any, **kwargs: Any) -> Any:
         """As TFDS.
@@ -234,16 +240,18 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self, records: Sequence[Record]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for key, record in enumerate(records):
-            yield key, to_example(record)
+            yield key, to_example(record, self._survey)
             self._progress.update()
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
         self._progress = progress(
             None, f"Building {self._label}", total=len(self.records), announce=True
         )
+        self._survey = Survey()
         with self._progress:
             super()._download_and_prepare(*args, **kwargs)
         # TFDS still writes to a temporary folder; its renaming makes all this valid.
+        Path(self.data_dir, SURVEY_FILE).write_text(self._survey.to_json())
         Path(self.data_dir, FINGERPRINT_FILE).write_text(self.fingerprint)
 
     def _discard(self) -> None:
@@ -345,8 +353,12 @@ def find_builder(name: str) -> type[RecordsBuilder]:
     return BUILDERS[name]
 
 
-def to_example(record: Record) -> dict[str, Any]:
-    """Reads a record's files, whole, and encodes them.
+def to_example(record: Record, survey: Survey) -> dict[str, Any]:
+    """Reads a record's files, each once, and encodes them.
+
+    Args:
+        record: the image and its masks on disk.
+        survey: gets the digest of the files, and what is peculiar about them.
 
     Returns:
         The features of `RecordsBuilder`, images as encoded bytes. `has_mask` tells
@@ -355,10 +367,12 @@ def to_example(record: Record) -> dict[str, Any]:
     Raises:
         UserError: a file cannot be read, or a mask does not fit.
     """
-    image = read_image(record.image)
-    masks = []
+    data = read_file(record.image)
+    image = read_image(record.image, data)
+    masks, contents = [], [data]
     for mask in record.masks:
-        pixels, saturation = read_mask(mask, size=image.shape[:2])
+        contents.append(read_file(mask.path))
+        pixels, saturation = read_mask(mask, contents[-1], size=image.shape[:2])
         masks.append(
             {
                 "mask": _encode(pixels * np.uint8(255)),
@@ -367,7 +381,7 @@ def to_example(record: Record) -> dict[str, Any]:
                 "relative_saturation": saturation.relative,
             }
         )
-    data = record.image.read_bytes()
+    survey.add(f"{record.split}/{record.name}", contents)
     return {
         "image": data if _is_plain(data) else _encode(image),
         "label": record.label,

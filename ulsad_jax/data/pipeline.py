@@ -26,6 +26,7 @@ from ulsad_jax.data.records import (
     hold_out,
 )
 from ulsad_jax.data.resize import resize_bilinear, resize_nearest
+from ulsad_jax.data.survey import Survey
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int32, UInt8
@@ -170,12 +171,14 @@ class Category:
         validation: normal images to calibrate on.
         test: normal and anomalous images; may be empty.
         fingerprint: changes whenever a source file does.
+        survey: what was noticed of the files when they were prepared.
     """
 
     train: Examples
     validation: Examples
     test: Examples
     fingerprint: str
+    survey: Survey
 
 
 def open_category(
@@ -219,6 +222,7 @@ def open_category(
         validation=_examples(builder, validation, image_size),
         test=_examples(builder, parts[TEST], image_size),
         fingerprint=builder.fingerprint,
+        survey=builder.read_survey(),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -285,15 +286,33 @@ def _by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
     return stems
 
 
-def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
+def read_file(path: Path) -> bytes:
+    """Reads a file whole.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_image(
+    path: str | os.PathLike[str], data: bytes | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
     """Reads an image file as 8-bit RGB, see `to_rgb`.
+
+    Args:
+        path: the file.
+        data: its content, where that was read already.
 
     Raises:
         UserError: the file is truncated, is no image, has more pixels than Pillow
             takes (178 956 970, against files that are small and unpack to fill the
             memory), or cannot be opened.
     """
-    return to_rgb(_open(path))
+    return to_rgb(_open(path, data))
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
@@ -309,19 +328,20 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def read_mask(
-    mask: Mask, *, size: tuple[int, int]
+    mask: Mask, data: bytes | None = None, *, size: tuple[int, int]
 ) -> tuple[Bool[np.ndarray, "h w"], Saturation]:
     """Reads a ground-truth channel and the saturation rule that belongs to it.
 
     Args:
         mask: the mask.
+        data: the content of its file, where that was read already.
         size: (height, width) of its image.
 
     Raises:
         UserError: an unreadable file; another size than the image's; for MVTec LOCO,
             not exactly one non-zero value or one that `defects_config.json` lacks.
     """
-    image = _open(mask.path)
+    image = _open(mask.path, data)
     if image.mode in ("1", "P", "PA", "LA"):
         image = image.convert("L")  # 0 to 255; the palette's colours; no transparency
     values = np.asarray(image)
@@ -345,14 +365,18 @@ def read_mask(
     return values > 0, mask.saturations[found[0]]
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
+def _open(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Image:
     """Opens and decodes an image file whole."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"Expected a readable image file, found {os.fspath(path)}: {error}. "
-            "Replace or remove the file."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> UserError:
+    return UserError(
+        f"Expected a readable image file, found {os.fspath(path)}: {error}. "
+        "Replace or remove the file."
+    )

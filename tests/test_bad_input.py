@@ -165,7 +165,7 @@ def test_broken_image_of_one_category_keeps_the_others(data, tmp_path):
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        (0, "Expected normal training images under.*none"),
+        (0, "Expected images under.*none"),
         (1, r"at least two objects.*found 1 .*train/good\)\. Add"),
         (2, r"batch of 4 training images.*found 1\. Add images"),
         (4, r"found 3\. Set --config\.train\.batch_size to 3 or less"),

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests import runs, trees
 from ulsad_jax import experiment, trained, trainer, training
@@ -243,13 +245,92 @@ def test_another_config_is_refused(finished, tmp_path):
     assert (run.workdir / "config.json").read_text() == before
 
 
-def test_other_training_images_are_refused(finished, data, tmp_path):
+@pytest.fixture
+def moved(finished, data, tmp_path):
+    """A finished run on a copy of the data, whose mtimes and folder are others."""
+    root = shutil.copytree(data, tmp_path / "data", copy_function=shutil.copyfile)
     run = runs.copy(finished, tmp_path)
-    root = shutil.copytree(data, tmp_path / "data")
-    trees.write_image(root / "bottle" / "train" / "good" / "new.png")
-    config = runs.make_config(root, {"train.num_epochs": runs.EPOCHS + 1})
-    with pytest.raises(UserError, match="training images of 'bottle'"):
-        runs.train(config, run.workdir)
+    return run._replace(config=runs.make_config(root))
+
+
+def find_images(run: runs.Run, folder: str) -> list[Path]:
+    return sorted(Path(run.config.dataset.root, "bottle", folder).iterdir())
+
+
+def add_image(run):
+    image = find_images(run, "train/good")[0]
+    trees.write_image(image.with_name("new.png"))
+    return r"1 added \(train/good/new\)$"
+
+
+def remove_image(run):
+    image = find_images(run, "train/good")[3]
+    image.unlink()
+    return rf"1 removed \(train/good/{image.stem}\)$"
+
+
+def replace_images(run):
+    for image in find_images(run, "train/good"):
+        status = image.stat()
+        pixels = np.array(Image.open(image))
+        Image.fromarray(255 - pixels).save(image)
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    return r"14 with other content \(train/good/000, .* and 11 more\)$"
+
+
+@pytest.mark.parametrize("change", [add_image, remove_image, replace_images])
+@pytest.mark.parametrize("command", ["again", "longer", "evaluate"])
+def test_other_training_images_are_refused(moved, change, command):
+    """A finished run, a resumed one and an evaluation say alike what changed."""
+    before = {p: p.read_bytes() for p in moved.workdir.rglob("*.json")}
+    root = Path(moved.config.dataset.root)
+    changes = change(moved).removesuffix("$")
+    with pytest.raises(UserError, match=rf"trained with, found others: {changes}\."):
+        if command == "evaluate":
+            experiment.evaluate(moved.workdir, root=str(root))
+        else:
+            moved.config.train.num_epochs += command == "longer"
+            runs.train(moved.config, moved.workdir)
+    assert before.keys() == {p for p in moved.workdir.rglob("*.json")}
+    for path, content in before.items():
+        assert path.name == "config.json" or path.read_bytes() == content
+
+
+@needs_cpu
+def test_data_that_moved_are_the_same_data(moved, finished):
+    runs.train(moved.config, moved.workdir)
+    runs.assert_same_category(moved.workdir, finished.workdir)
+
+
+def test_other_test_images_are_evaluated_anew(moved, finished):
+    for image in find_images(moved, "test/broken"):
+        trees.write_image(image, size=(48, 48))
+        mask = image.parents[2] / "ground_truth/broken" / f"{image.stem}_mask.png"
+        trees.write_mask(mask, size=(48, 48))
+    runs.train(moved.config, moved.workdir)
+    scores = runs.read_scores(moved.workdir), runs.read_scores(finished.workdir)
+    for row, old in zip(*scores, strict=True):
+        changed = row["score"] != old["score"]
+        assert changed == (row["type"] == "broken")
+
+
+def test_evaluation_needs_no_training_images(moved, finished, capsys):
+    root = Path(moved.config.dataset.root)
+    shutil.rmtree(root / "bottle" / "train")
+    experiment.evaluate(moved.workdir, root=str(root))
+    assert "no training images" in capsys.readouterr().out
+    scores = runs.read_scores(moved.workdir), runs.read_scores(finished.workdir)
+    for row, old in zip(*scores, strict=True):
+        assert row["score"] == old["score"]
+
+
+def test_a_run_without_digests_goes_on(moved, finished):
+    """Versions before kept none."""
+    (moved.workdir / "bottle" / "data.json").unlink()
+    moved.config.train.num_epochs += 1
+    runs.train(moved.config, moved.workdir)
+    kept = moved.workdir / "bottle" / "data.json"
+    assert kept.read_text() == (finished.workdir / "bottle/data.json").read_text()
 
 
 def test_another_trunk_is_refused(finished, tmp_path):

@@ -68,9 +68,10 @@ def test_records_are_checked(tmp_path):
     trees.write_images(tmp_path / "bottle" / "train" / "broken", 1)
     with pytest.raises(UserError, match="only normal images in the train split"):
         layouts.find_records("mvtec_ad", tmp_path, "bottle")
-    shutil.rmtree(tmp_path / "bottle" / "train")
-    (tmp_path / "bottle" / "train").mkdir()
-    with pytest.raises(UserError, match="normal training images"):
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "bottle" / split)
+        (tmp_path / "bottle" / split).mkdir()
+    with pytest.raises(UserError, match=r"images under .*found none"):
         layouts.find_records("mvtec_ad", tmp_path, "bottle")
 
 
@@ -318,8 +319,9 @@ def test_magnetic_tile_with_another_name(tmp_path):
 
 def test_magnetic_tile_without_normal_images(tmp_path):
     trees.write_magnetic_tile(tmp_path, normal=())
-    with pytest.raises(UserError, match=r"normal training images"):
-        layouts.find_records("magnetic_tile", tmp_path, "magnetic_tile")
+    found = layouts.find_records("magnetic_tile", tmp_path, "magnetic_tile")
+    assert {r.split for r in found} == {TEST}
+    assert GOOD not in {r.type for r in found}
 
 
 def test_magnetic_tile_without_a_mask(tmp_path):

@@ -31,7 +31,8 @@ from ulsad_jax import (
     training,
 )
 from ulsad_jax.data.pipeline import Category, Examples
-from ulsad_jax.data.records import listing
+from ulsad_jax.data.records import TEST, TRAIN, VALIDATION
+from ulsad_jax.data.survey import describe_changes, digest
 from ulsad_jax.decisions import Thresholds
 from ulsad_jax.errors import UserError
 from ulsad_jax.losses import make_loss_fn
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 AnyTrainer = TypeVar("AnyTrainer", bound=trainer.Trainer)
 RESULTS, SCORES, CURVES = "results.json", "scores.csv", "curves.json"
+DATA = "data.json"  # digests of the images trained and validated on
 PICTURES, MAPS = "pictures", "maps"
 LOCO_LAYOUTS = ("mvtec_loco", "synthetic")  # their headline is the mean of two types
 
@@ -123,12 +125,14 @@ class CategoryRun:
         """Whether nothing is left to train.
 
         Raises:
-            UserError: it was begun with another trunk, or has been trained for longer.
+            UserError: it was begun with another trunk or on other images, or has been
+                trained for longer.
         """
         latest = store.latest()
         if latest is None:
             return False
         trained.check_trunk(store, latest, self._trunk, self._folder)
+        self._check_data()
         if latest > self.steps or (
             latest == self.steps and not store.is_complete(latest)
         ):
@@ -159,7 +163,10 @@ class CategoryRun:
             writer: of the metrics.
             numbers: of the loss function, where they are not its own.
         """
-        config, data = self._config, self._data
+        config = self._config
+        if hosts.is_first():
+            kept = json.dumps(self._contents, indent=1) + "\n"
+            files.replace(self._folder / DATA, kept)
         validate = trainer.make_validate(
             self._model,
             loss_fn,
@@ -180,7 +187,6 @@ class CategoryRun:
             validate=validate,
             store=store,
             writer=writer,
-            listing=listing([*data.train.records, *data.validation.records]),
             trunk=self._trunk.identity,
             score_test=self._make_score_test(normals.statistics),
         )
@@ -199,6 +205,8 @@ class CategoryRun:
             image_threshold: instead of the run's.
             pixel_threshold: instead of the run's.
         """
+        if self._data.train:
+            self._check_data()
         given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
         step, weights, decisions = trained.load(
             self._config,
@@ -336,7 +344,7 @@ class CategoryRun:
             "pixel_threshold": pixel_threshold,
             "step": step,
             "selection": self._config.selection,
-            "data": self._data.fingerprint,
+            "data": digest(self._data.survey.contents(TEST)),
             "original_resolution": self._config.evaluation.original_resolution,
             "write_maps": self._config.evaluation.write_maps,
         }
@@ -369,6 +377,29 @@ class CategoryRun:
             "trunk, too"
         )
         return features.stream(*what, image_size=size, **how)
+
+    @property
+    def _contents(self) -> dict[str, str]:
+        """Digests of the images to train and to validate on."""
+        return self._data.survey.contents(TRAIN, VALIDATION)
+
+    def _check_data(self) -> None:
+        """Refuses other images than the category was trained and validated on.
+
+        A folder of a version that kept no digests is taken as it is.
+        """
+        path = self._folder / DATA
+        if not path.exists():
+            return
+        changes = describe_changes(json.loads(path.read_text()), self._contents)
+        if changes:
+            raise UserError(
+                f"Expected the training and validation images that {self._folder} was "
+                f"trained with, found others: {changes}. Restore them, or train anew "
+                "in another --workdir. To score other images with this run, use "
+                "python -m ulsad_jax.predict, or eval.py --root with a folder that "
+                "has no training images."
+            )
 
     def _check_selection(self) -> None:
         """Refuses to select on test images that give no AUROC."""

@@ -108,7 +108,7 @@ def evaluate(
     for category in categories:
         folder = workdir / results.file_name(category)
         with hosts.first_alone("data"):
-            data = open_data(config, category)
+            data = open_data(config, category, needs_training=False)
         run = CategoryRun(config, category, data=data, folder=folder, trunk=trunk)
         run.evaluate(image_threshold=image_threshold, pixel_threshold=pixel_threshold)
     return collect(config, workdir, categories, trunk)
@@ -138,10 +138,17 @@ def synthetic_root(config: ConfigDict) -> Path:
     return Path(dataset.cache_dir).expanduser() / "synthetic" / drawing
 
 
-def open_data(config: ConfigDict, category: str) -> Category:
+def open_data(
+    config: ConfigDict, category: str, *, needs_training: bool = True
+) -> Category:
     """Opens the images of a category that `list_categories` gave.
 
     Says what was noticed of them, in every run that uses them.
+
+    Args:
+        config: the run's.
+        category: its name.
+        needs_training: see `open_category`.
     """
     dataset = config.dataset
     root = synthetic_root(config) if dataset.name == "synthetic" else Path(dataset.root)
@@ -153,8 +160,15 @@ def open_data(config: ConfigDict, category: str) -> Category:
         cache_dir=Path(dataset.cache_dir).expanduser(),
         validation_fraction=dataset.validation_fraction,
         seed=config.seed,
+        needs_training=needs_training,
     )
     if hosts.is_first():
+        if not data.train:
+            print(
+                f"[{category}] no training images: whether the run was trained on "
+                "this data set's is not looked at",
+                flush=True,
+            )
         for remark in data.survey.remarks:
             print(f"[{category}] {remark}", flush=True)
     return data

@@ -16,7 +16,7 @@ import numpy as np
 
 from ulsad_jax import hosts, parallel, scoring, training
 from ulsad_jax.decisions import Decisions, choose
-from ulsad_jax.errors import Diverged, Interrupted, UserError
+from ulsad_jax.errors import Diverged, Interrupted
 from ulsad_jax.features import ChannelStatistics, FeatureSource
 from ulsad_jax.losses import TOTAL
 from ulsad_jax.models.ulsad import Ulsad
@@ -147,7 +147,6 @@ class Trainer:
         validate: Callable[[Mapping[str, Any], int], Validation],
         store: CheckpointStore,
         writer: Writer | Silence,
-        listing: str,
         trunk: TrunkIdentity,
         score_test: Callable[..., float] | None = None,
     ):
@@ -163,7 +162,6 @@ class Trainer:
             validate: see `make_validate`.
             store: of the checkpoints.
             writer: of the metrics.
-            listing: of the images trained on; a resumed run must find the same.
             trunk: what made the features, stored with every checkpoint.
             score_test: for the reference's selection, gives the image AUROC on the
                 test set of (variables, calibration).
@@ -172,7 +170,7 @@ class Trainer:
         self._devices, self._train = devices, train
         self._statistics = devices.replicate(statistics)
         self._validate, self._score_test = validate, score_test
-        self._store, self._writer, self._listing = store, writer, listing
+        self._store, self._writer = store, writer
         self._trunk = dataclasses.asdict(trunk)
         batch = config.train.batch_size
         self._steps_per_epoch = training.steps_per_epoch(len(train), batch)
@@ -204,7 +202,6 @@ class Trainer:
         Raises:
             Interrupted: by SIGTERM or SIGINT, after saving.
             Diverged: a loss that is not finite.
-            UserError: a checkpoint of other data.
         """
         self._resume()
         epochs, per_epoch = self._config.train.num_epochs, self._steps_per_epoch
@@ -312,11 +309,7 @@ class Trainer:
             int(self._state.step),
             model=training.model_tree(self._state.variables, self._statistics),
             optimizer=self._state.opt_state,
-            progress={
-                "sums": self._sums,
-                "listing": self._listing,
-                "trunk": self._trunk,
-            },
+            progress={"sums": self._sums, "trunk": self._trunk},
             calibration=validation and dataclasses.asdict(validation.calibration),
             decisions=validation and validation.decisions.to_json(),
             metrics=metrics,
@@ -333,12 +326,6 @@ class Trainer:
             model=training.model_tree(self._state.variables, self._statistics),
             optimizer=self._state.opt_state,
         )
-        if saved["listing"] != self._listing:
-            raise UserError(
-                f"Expected the training images of {self._category!r} that this run "
-                "started with, found others (files added, removed or of another "
-                "size). Restore them, or train anew in another --workdir."
-            )
         self._state = self._devices.replicate(
             training.TrainState(
                 step=jnp.asarray(step, jnp.int32),

@@ -24,6 +24,7 @@ from ulsad_jax.data.records import (
     Record,
     Saturation,
     hold_out,
+    no_images,
 )
 from ulsad_jax.data.resize import resize_bilinear, resize_nearest
 from ulsad_jax.data.survey import Survey
@@ -190,6 +191,7 @@ def open_category(
     cache_dir: str | os.PathLike[str],
     validation_fraction: float,
     seed: int,
+    needs_training: bool = True,
 ) -> Category:
     """Opens a category for reading, and builds it first where that is needed.
 
@@ -204,16 +206,22 @@ def open_category(
         cache_dir: where to keep what is built.
         validation_fraction: the share of the training images to hold out.
         seed: chooses the images held out, differently in each category.
+        needs_training: whether a category without training images is refused; else
+            it is read without validation images, too.
 
     Raises:
         UserError: an unknown data set or category, source files that do not fit or
             cannot be read, or too few training images to hold one out.
     """
     builder = find_builder(name)(root=root, config=category, data_dir=cache_dir)
-    builder.download_and_prepare()
     parts = {s: [r for r in builder.records if r.split == s] for s in SPLITS}
     train, validation = parts[TRAIN], parts[VALIDATION]
-    if not validation:
+    if needs_training and not train:
+        raise no_images("normal training images", builder.root)
+    builder.download_and_prepare()
+    if not train:
+        validation = []
+    elif not validation:
         train, validation = hold_out(
             train, fraction=validation_fraction, seed=_mix_seed(seed, category)
         )

@@ -96,21 +96,17 @@ class Record:
 
 
 def check(records: Sequence[Record], where: Path) -> list[Record]:
-    """Refuses records that nothing could be trained on or that clash.
+    """Refuses records that clash, or none.
 
     Returns:
         The records in a fixed order: by split, normal before anomalous, by name.
 
     Raises:
-        UserError: no training image; an anomalous image among them; two images of
-            one name in a split; a name that is not UTF-8.
+        UserError: no image; an anomalous image to be trained on; two images of one
+            name in a split; a name that is not UTF-8.
     """
-    if not any(r.split == TRAIN for r in records):
-        raise UserError(
-            f"Expected normal training images under {where}, found none. Check the "
-            "folder's layout (README, section Real data) and that the archive was "
-            f"unpacked whole. Image files end in {', '.join(IMAGE_SUFFIXES)}."
-        )
+    if not records:
+        raise no_images("images", where)
     seen: dict[tuple[str, str], Record] = {}
     for record in records:
         if record.label == ANOMALOUS and record.split != TEST:
@@ -126,6 +122,20 @@ def check(records: Sequence[Record], where: Path) -> list[Record]:
                 f"split, found two: {twin.image} and {record.image}. Rename one."
             )
     return sorted(records, key=lambda r: (SPLITS.index(r.split), r.label, r.name))
+
+
+def no_images(what: str, where: Path) -> UserError:
+    """Returns the error of a data set in which some kind of images is missing.
+
+    Args:
+        what: the kind, such as "normal training images".
+        where: the data set's folder or table.
+    """
+    return UserError(
+        f"Expected {what} under {where}, found none. Check the folder's layout "
+        "(README, section Real data) and that the archive was unpacked whole. Image "
+        f"files end in {', '.join(IMAGE_SUFFIXES)}."
+    )
 
 
 def _check_name(path: Path) -> None:
@@ -159,18 +169,6 @@ def fingerprint(records: Iterable[Record]) -> str:
                     "remove what refers to it."
                 ) from error
             digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())
-    return digest.hexdigest()
-
-
-def listing(records: Iterable[Record]) -> str:
-    """A hash of the images' names and sizes, wherever they lie.
-
-    It tells whether a run goes on with the images it began with.
-    """
-    digest = hashlib.sha256()
-    for record in records:
-        size = record.image.stat().st_size
-        digest.update(f"{record.split} {record.name} {size};".encode())
     return digest.hexdigest()
 
 
@@ -231,8 +229,9 @@ def list_folders(folder: Path) -> list[Path]:
 
 
 def list_categories(root: Path) -> list[str]:
-    """The folders of `root` that are laid out as `<category>/train`."""
-    return [f.name for f in list_folders(root) if (f / TRAIN).is_dir()]
+    """Returns the folders of `root` that hold `train/` or `test/`."""
+    splits = TRAIN, TEST
+    return [f.name for f in list_folders(root) if any((f / s).is_dir() for s in splits)]
 
 
 def list_records(folder: Path, *, normal: Collection[str] = (GOOD,)) -> list[Record]:

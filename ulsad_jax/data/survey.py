@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class Survey:
         """
         self.noticed.setdefault(peculiarity, []).append(str(path))
 
+    def contents(self, *splits: str) -> dict[str, str]:
+        """Returns the digests of the images of some splits."""
+        return {k: v for k, v in self.digests.items() if k.split("/")[0] in splits}
+
     @property
     def remarks(self) -> list[str]:
         """One sentence for each peculiarity, with the first files that have it."""
@@ -73,7 +77,37 @@ class Survey:
 
 def remark(peculiarity: str, paths: Sequence[str | Path]) -> str:
     """Returns "<n> files <peculiarity>: <first names> and <m> more"."""
-    count = len(paths)
-    shown = ", ".join(str(path) for path in paths[:SHOWN])
-    more = f" and {count - SHOWN} more" if count > SHOWN else ""
-    return f"{count} file{'s' * (count != 1)} {peculiarity}: {shown}{more}"
+    files = "file" if len(paths) == 1 else "files"
+    return f"{len(paths)} {files} {peculiarity}: {_shorten(paths)}"
+
+
+def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Returns how images differ from those of before; "" if they are the same.
+
+    Args:
+        before: digests by "<split>/<name>".
+        after: the same of what is there now.
+    """
+    changes = {
+        "added": sorted(after.keys() - before.keys()),
+        "removed": sorted(before.keys() - after.keys()),
+        "with other content": sorted(
+            k for k in before.keys() & after.keys() if before[k] != after[k]
+        ),
+    }
+    return "; ".join(
+        f"{len(names)} {what} ({_shorten(names)})"
+        for what, names in changes.items()
+        if names
+    )
+
+
+def digest(contents: Mapping[str, str]) -> str:
+    """Returns one SHA-256 for the digests of many images, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(contents.items())).encode()).hexdigest()
+
+
+def _shorten(names: Sequence[str | Path]) -> str:
+    count = len(names) - SHOWN
+    shown = ", ".join(str(name) for name in names[:SHOWN])
+    return f"{shown} and {count} more" if count > 0 else shown

@@ -3,12 +3,19 @@
 The photographs are those in scikit-image's wheel. A texture is cut into tiles, the
 training and the test tiles from different sides of the photograph; of any other
 photograph one region, as if it were a product, is taken again and again with a small
-shift, turn, change of light and noise. `python benchmarks/photo_defects.py sheet.png`
-draws a sheet to look at.
+shift, turn, change of light and noise.
+
+    python benchmarks/photo_defects.py --output=photos --seed=0
+
+writes every category as a folder of the `folder` layout, with masks, and sheet.png to
+look at:
+
+    python train.py --config=configs/folder.py:photos/coins --workdir=runs/coins
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 import zlib
@@ -20,6 +27,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import ModuleType
 
     from jaxtyping import Bool, Float, UInt8
@@ -38,7 +46,6 @@ OBJECTS = {
 CATEGORIES = tuple(name.partition(".")[0] for name in (*TEXTURES, *OBJECTS))
 TYPES = ("painted", "blurred", "transplanted", "scratched")
 GOOD = "good"
-VERSION = 2  # to be raised with every change of what is drawn
 # A defect must change its pixels by this much on average (grey levels of 255), and
 # they must be this many for a tile of 128 x 128; else another one is drawn.
 LEAST_CHANGE, LEAST_PIXELS = 8.0, 20
@@ -299,6 +306,71 @@ def draw_sheet(source: ModuleType, *, seed: int, size: int) -> Image.Image:
     return Image.fromarray(np.concatenate(rows, 0))
 
 
+def write_category(
+    source: ModuleType,
+    category: str,
+    folder: Path,
+    counts: Mapping[tuple[str, str], int],
+    *,
+    seed: int,
+    size: int,
+) -> None:
+    """Writes the images and masks of a category, as `ulsad_jax.data.folder` reads them.
+
+    Args:
+        source: this module, or another with `draw_sample`.
+        category: one of the source's `CATEGORIES`.
+        folder: where `<split>/<type>/` and `ground_truth/<type>/` are made.
+        counts: number of images by split and type.
+        seed: see `draw_sample`.
+        size: see `draw_sample`.
+    """
+    for (split, type), count in counts.items():
+        images, masks = folder / split / type, folder / "ground_truth" / type
+        for i in range(count):
+            image, mask = source.draw_sample(
+                category, seed=seed, split=split, type=type, i=i, size=size
+            )
+            _save(images / f"{i:03d}.png", image)
+            if type != GOOD:
+                _save(masks / f"{i:03d}_mask.png", np.uint8(255) * mask)
+
+
+def _save(path: Path, pixels: UInt8[np.ndarray, "..."]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def main(source: ModuleType) -> None:
+    """Writes all categories of `source`, as the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=source.__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output", required=True, type=Path, help="New folder of the categories.")
+    add("--seed", default=0, type=int, help="Draws images and defects; 0 by default.")
+    add("--size", default=128, type=int, help="Side in pixels; 128 by default.")
+    add("--train", default=40, type=int, help="Normal images to train on; 40.")
+    add("--validation", default=10, type=int, help="Normal validation images; 10.")
+    add("--good", default=20, type=int, help="Normal test images; 20.")
+    add("--anomalous", default=12, type=int, help="Test images of each defect; 12.")
+    asked = parser.parse_args()
+    if asked.output.exists():
+        parser.error(
+            f"Expected --output to name a new folder, found {asked.output}. Remove it, "
+            "or name another."
+        )
+    counts = {("train", GOOD): asked.train, ("validation", GOOD): asked.validation}
+    counts["test", GOOD] = asked.good
+    counts |= {("test", type): asked.anomalous for type in source.TYPES}
+    for category in source.CATEGORIES:
+        folder = asked.output / category
+        write_category(
+            source, category, folder, counts, seed=asked.seed, size=asked.size
+        )
+    sheet = draw_sheet(source, seed=asked.seed, size=asked.size)
+    sheet.save(asked.output / "sheet.png")
+
+
 if __name__ == "__main__":
-    seed = int((sys.argv[2:] or ["0"])[0])
-    draw_sheet(sys.modules[__name__], seed=seed, size=128).save(sys.argv[1])
+    main(sys.modules[__name__])

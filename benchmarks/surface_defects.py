@@ -2,8 +2,11 @@
 
 Brushed metal, cast metal, concrete, woven cloth, wood and leather, each piece with a
 grain, a light and a contrast of its own, as on a production line. What is normal is
-the material and not a place. `python benchmarks/surface_defects.py sheet.png` draws a
-sheet to look at.
+the material and not a place.
+
+    python benchmarks/surface_defects.py --output=surfaces --seed=0
+
+writes them as `photo_defects.py` does its photographs.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
 
 # A blurred spot would often not be seen: the grain is fine and faint.
 TYPES = ("painted", "scratched")
-VERSION = 1  # to be raised with every change of what is drawn
 
 
 def draw_sample(category: str, *, seed: int, split: str, type: str, i: int, size: int):
@@ -129,6 +131,4 @@ def _turned(rng, size: int, deviation: float):
 
 
 if __name__ == "__main__":
-    seed = int((sys.argv[2:] or ["0"])[0])
-    sheet = photo_defects.draw_sheet(sys.modules[__name__], seed=seed, size=128)
-    sheet.save(sys.argv[1])
+    photo_defects.main(sys.modules[__name__])

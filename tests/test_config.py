@@ -15,9 +15,8 @@ from tests import runs
 from ulsad_jax import config as config_lib
 from ulsad_jax.errors import UserError
 
-# Every config of train.py; pretrain.py is another program's.
 NAMES = {m.name for m in pkgutil.iter_modules(configs.__path__)}
-NAMES = sorted(NAMES - {"default", "pretrain"})
+NAMES = sorted(NAMES - {"default"})
 WRONG = {
     "seed": (-1, 0.5, 2**32),
     "image_size": ((256,), (64, 65), (32, 64), (64.0, 64), 64),

@@ -14,7 +14,6 @@ COMMANDS = {
     "ulsad_jax.export": "run_module",
     "ulsad_jax.export_onnx": "run_module",
     "ulsad_jax.inspect_losses": "run_module",
-    "ulsad_jax.pretrain": "run_module",
 }
 HELP = """
 import runpy, sys

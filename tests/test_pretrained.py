@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests import runs
@@ -49,6 +51,16 @@ def test_random_trunk_depends_on_the_seed_alone(random_trunk):
     jax.tree.map(np.testing.assert_array_equal, again.variables, random_trunk.variables)
     assert other.identity.sha256 != random_trunk.identity.sha256
     assert random_trunk.identity.source == "random:0"
+
+
+def test_builtin_trunk_is_what_its_metadata_says():
+    with safe_open(pretrained.BUILTIN, framework="numpy") as file:
+        about = file.metadata()
+    trunk = load(source="builtin")
+    assert trunk.identity.source == "builtin:resnet18"
+    assert trunk.identity.sha256 == about["sha256"]
+    assert about["license"] == "Apache-2.0"
+    assert json.loads(about["config"])["architecture"] == "resnet18"
 
 
 def test_round_trip_keeps_identity_and_weights(random_trunk, tmp_path):

@@ -110,7 +110,7 @@ def parse(argv: list[str], config: flags.FlagHolder) -> list[str]:
         sys.exit(
             "error: Expected a config file, --config=<file>.py[:<category>], and "
             f"fields of it, --config.<field>=<value>, found: {errors.sentence(found)} "
-            "See README, section Configuration; configs/default.py has every field "
-            "(of pretraining, configs/pretrain.py). A number of a loss term has to be "
-            "in the term's entry of the config file before a flag can change it."
+            "See README, section Configuration; configs/default.py has every field. A "
+            "number of a loss term has to be in the term's entry of the config file "
+            "before a flag can change it."
         )

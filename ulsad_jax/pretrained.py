@@ -17,7 +17,8 @@ from ulsad_jax.errors import UserError
 from ulsad_jax.models.pyramid import pyramid_variables
 from ulsad_jax.models.resnet import ResNet
 
-# Trained on drawn images by ulsad_jax.pretrain; its metadata says how.
+# Trained on drawn images. Its metadata says how, and at which commit of this
+# repository: the program is in its history.
 BUILTIN_ARCHITECTURE = "resnet18"
 BUILTIN = Path(__file__).parent / "weights" / f"{BUILTIN_ARCHITECTURE}.safetensors"
 
@@ -84,36 +85,6 @@ def save_trunk(trunk: Trunk, path: Path) -> None:
 
     arrays = {name: np.ascontiguousarray(a) for name, a in trunk.arrays.items()}
     files.replace(path, save(arrays, dataclasses.asdict(trunk.identity)))
-
-
-def save_pretrained(
-    variables: Mapping[str, Any],
-    architecture: str,
-    path: Path,
-    *,
-    about: Mapping[str, str],
-) -> Trunk:
-    """Writes a trunk to share: kernels in float16, the rest in float32.
-
-    Args:
-        variables: of a `ResNet`, with batch norm.
-        architecture: a key of `resnet.ARCHITECTURES`.
-        path: of the .safetensors file, in PyTorch's names.
-        about: where it comes from; kept in the file's metadata with the SHA-256.
-
-    Returns:
-        The trunk as it will be read.
-    """
-    from safetensors.numpy import save
-
-    arrays = {
-        name: np.ascontiguousarray(value, np.float16 if value.ndim > 1 else np.float32)
-        for name, value in torch_import.export(jax.device_get(variables)).items()
-    }
-    trunk = _make(architecture, f"file:{path.name}", arrays)
-    metadata = {**about, "architecture": architecture, "sha256": trunk.identity.sha256}
-    files.replace(path, save(arrays, metadata))
-    return trunk
 
 
 def load_saved_trunk(path: Path) -> Trunk:

@@ -66,18 +66,14 @@ class Block(nn.Module):
     folded: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], *, train: bool
-    ) -> Float[Array, "b oh ow features"]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow features"]:
         """Adds the block's response to its input, or to a projection of it."""
         if self.bottleneck:
             plan = ((1, 1, self.width), (3, self.stride, self.width))
             plan += ((1, 1, self.features),)
         else:
             plan = ((3, self.stride, self.width), (3, 1, self.features))
-        conv = functools.partial(
-            _conv, dtype=self.dtype, folded=self.folded, train=train
-        )
+        conv = functools.partial(_conv, dtype=self.dtype, folded=self.folded)
         y = x
         for i, (kernel, stride, features) in enumerate(plan, start=1):
             y = conv(y, features, kernel, stride, name=f"conv{i}")
@@ -104,18 +100,16 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w 3"], *, train: bool = False
+        self, x: Float[Array, "b h w 3"]
     ) -> tuple[Float[Array, "b h/8 w/8 c2"], Float[Array, "b h/16 w/16 c3"]]:
         """Takes a normalised image; returns the outputs of layer2 and layer3.
 
         Args:
             x: see `layers.normalize_image`.
-            train: batch norm by the batch, for pretraining alone; `batch_stats` must
-                then be mutable.
         """
         bottleneck, blocks, width = ARCHITECTURES[self.architecture]
         settings = {"dtype": self.dtype, "folded": self.folded}
-        x = max_pool(nn.relu(_conv(x, 64, 7, 2, name="conv1", train=train, **settings)))
+        x = max_pool(nn.relu(_conv(x, 64, 7, 2, name="conv1", **settings)))
         outputs = []
         for stage, count in enumerate(blocks):
             for i in range(count):
@@ -126,13 +120,13 @@ class ResNet(nn.Module):
                     bottleneck=bottleneck,
                     name=f"layer{stage + 1}_{i}",
                     **settings,
-                )(x, train=train)
+                )(x)
             outputs.append(x)
         return outputs[1], outputs[2]
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
-    """The maximum of 3 x 3 at stride 2, rows first: fast gradients on CPUs, too.
+    """The maximum of 3 x 3 at stride 2, rows first.
 
     The edge is repeated, which changes no maximum; ONNX has no padding for batches of
     any size.
@@ -182,7 +176,6 @@ def _conv(
     name: str,
     dtype: DTypeLike,
     folded: bool,
-    train: bool,
 ) -> Float[Array, "b oh ow features"]:
     """A convolution that keeps the size at stride 1, and its batch norm."""
     y = Conv(
@@ -195,7 +188,7 @@ def _conv(
         dtype=dtype,
         name=name,
     )(x)
-    return y if folded else BatchNorm(name=_norm_of(name))(y, train=train)
+    return y if folded else BatchNorm(name=_norm_of(name))(y, train=False)
 
 
 def _norm_of(conv: str) -> str:

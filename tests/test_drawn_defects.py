@@ -1,19 +1,18 @@
+import subprocess
 import sys
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 import pytest
-from scipy.spatial.distance import cdist
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from tests import runs
+from ulsad_jax.data import folder, mvtec_ad, records
 
-import judge_data
-import judge_nn
+sys.path.insert(0, str(runs.REPOSITORY / "benchmarks"))
+
 import photo_defects
 import surface_defects
-
-COUNTS = judge_data.Counts(train=2, validation=1, good=2, anomalous=1, tiles=0)
-
 
 DRAWN = [
     (source, category, kind)
@@ -69,23 +68,39 @@ def test_textures_train_and_test_on_different_pixels(category, seed, monkeypatch
     assert pixels("train").isdisjoint(pixels("test"))
 
 
-def test_the_score_is_the_largest_distance_to_the_nearest_patch():
-    rng = np.random.default_rng(0)
-    bank = rng.normal(size=(50, 6)).astype(np.float32)
-    test = rng.normal(size=(3, 4, 5, 6)).astype(np.float32)
-    expected = [
-        cdist(image.reshape(-1, 6), bank, "sqeuclidean").min(1).max() for image in test
-    ]
-    found = np.asarray(judge_nn._scores(bank, test))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+def run(source, output, *flags):
+    return subprocess.run(
+        [sys.executable, source.__file__, f"--output={output}", *flags],
+        capture_output=True,
+        text=True,
+    )
 
 
-def test_kept_categories_come_back_as_they_were(tmp_path):
-    drawn = list(judge_data.open_drawn(photo_defects, 5, 64, COUNTS))
-    first = judge_data.keep(iter(drawn), tmp_path, ["photos"])
-    second = judge_data.keep(iter([]), tmp_path, ["photos"])
-    assert len(second) == len(drawn) == len(first)
-    for before, after in zip(drawn, second, strict=True):
-        assert (before.name, before.types) == (after.name, after.types)
-        for a, b in zip(before, after, strict=True):
-            np.testing.assert_array_equal(a, b)
+@pytest.mark.parametrize("source", [photo_defects, surface_defects])
+def test_the_program_writes_folders_that_can_be_trained_on(source, tmp_path):
+    flags = ["--seed=3", "--size=64", "--train=2"]
+    flags += ["--validation=1", "--good=1", "--anomalous=1"]
+    written = run(source, tmp_path / "drawn", *flags)
+    assert written.returncode == 0, written.stderr
+    assert mvtec_ad.categories(tmp_path / "drawn") == sorted(source.CATEGORIES)
+    assert (tmp_path / "drawn" / "sheet.png").is_file()
+    expected = {("train", "good"): 2, ("validation", "good"): 1, ("test", "good"): 1}
+    expected |= {("test", kind): 1 for kind in source.TYPES}
+    for category in source.CATEGORIES:
+        root = tmp_path / "drawn" / category
+        found = records.check(folder.records(root, category), str(root))
+        assert Counter((r.split, r.type) for r in found) == expected
+        last = max(found, key=lambda r: (r.split == "test", r.type))
+        image, mask = source.draw_sample(
+            category, seed=3, split="test", type=last.type, i=0, size=64
+        )
+        np.testing.assert_array_equal(np.asarray(Image.open(last.image)), image)
+        (path,) = (m.path for m in last.masks)
+        np.testing.assert_array_equal(np.asarray(Image.open(path)) > 0, mask)
+
+
+def test_the_program_does_not_write_among_other_images(tmp_path):
+    refused = run(surface_defects, tmp_path)
+    assert refused.returncode == 2
+    assert f"found {tmp_path}. Remove it, or name another." in refused.stderr
+    assert not list(tmp_path.iterdir())

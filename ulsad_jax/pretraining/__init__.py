@@ -1,1 +1,0 @@
-"""Images that a program draws, to pretrain a trunk on."""

@@ -30,10 +30,10 @@ flags.mark_flags_as_required(["workdir"])
 def main(argv: list[str]) -> None:
     """Evaluates, and prints the table of results."""
     command_line.begin(argv)
-    from ulsad_jax import errors
+    from ulsad_jax.runtime import errors
 
     with errors.reported(), _JOIN():
-        from ulsad_jax import experiment  # not for --help: JAX takes seconds
+        from ulsad_jax.runs import run as experiment
 
         workdir = Path(_WORKDIR.value).expanduser()
         printed = experiment.evaluate(

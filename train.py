@@ -20,14 +20,14 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     """Runs, and prints the table of results."""
     command_line.begin(argv)
-    from ulsad_jax import errors
+    from ulsad_jax.runtime import errors
 
     config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
     with errors.reported(), _JOIN():
         if "sweep" in config:  # imported here, not for --help: JAX takes seconds
             from ulsad_jax.sweep.run import train
         else:
-            from ulsad_jax.experiment import train
+            from ulsad_jax.runs.run import train
         print(train(config, workdir))
 
 

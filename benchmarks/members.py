@@ -40,9 +40,11 @@ def measure(config, count: int, steps: int) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from ulsad_jax import losses, stages, training
-    from ulsad_jax.models.pyramid import feature_shape
+    from ulsad_jax.methods.ulsad import losses
+    from ulsad_jax.runs import training
+    from ulsad_jax.runtime import stages
     from ulsad_jax.sweep import memory, wave
+    from ulsad_jax.trunks.pyramid import feature_shape
 
     model, loss_fn = training.make_model(config), losses.make_loss_fn(config.losses)
     optimizer = training.make_optimizer(**config.optimizer)

@@ -29,8 +29,8 @@ _REPEATS = flags.DEFINE_integer("repeats", 9, "Timed calls.", lower_bound=1)
 def main(argv: list[str]) -> None:
     """Measures and prints."""
     del argv
-    from ulsad_jax import evaluation
     from ulsad_jax.metrics import pixel
+    from ulsad_jax.runs import evaluation
 
     masks, maps = draw(_IMAGES.value, _SIZE.value)
     known = np.ones(len(maps), bool)

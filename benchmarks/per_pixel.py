@@ -24,7 +24,8 @@ def main(argv: list[str]) -> None:
     """Prints a line for each category and score."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    from ulsad_jax import errors, experiment
+    from ulsad_jax.runs import run as experiment
+    from ulsad_jax.runtime import errors
 
     with errors.reported():
         config = _CONFIG.value

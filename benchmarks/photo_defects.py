@@ -315,7 +315,7 @@ def write_category(
     seed: int,
     size: int,
 ) -> None:
-    """Writes the images and masks of a category, as `ulsad_jax.data.folder` reads them.
+    """Writes the images and masks of a category in the `folder` layout.
 
     Args:
         source: this module, or another with `draw_sample`.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ulsad_jax import host_memory
+from ulsad_jax.runtime import host_memory
 
 ARCHITECTURE = "wide_resnet50_2"
 TERMS = ("local", "attention", "consistency")
@@ -66,8 +66,12 @@ class JaxSide:
         import jax
 
         from configs import default
-        from ulsad_jax import features, inference, losses, parallel, training
-        from ulsad_jax.models.pyramid import pyramid_variables
+        from ulsad_jax.methods.ulsad import losses
+        from ulsad_jax.runs import training
+        from ulsad_jax.runtime import devices as parallel
+        from ulsad_jax.scoring import prediction as inference
+        from ulsad_jax.trunks import features
+        from ulsad_jax.trunks.pyramid import pyramid_variables
 
         self.jax = jax
         self.versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
@@ -154,7 +158,8 @@ def draw_trunk() -> dict[str, Any]:
     """A random trunk whose running statistics are not those of a new one."""
     import jax
 
-    from ulsad_jax import pretrained, torch_import
+    from ulsad_jax.trunks import torch_names as torch_import
+    from ulsad_jax.trunks import weights as pretrained
 
     arrays = pretrained.load_trunk(
         architecture=ARCHITECTURE, source="random", repository="", path="", seed=0
@@ -175,7 +180,9 @@ def make_weights(trunk, statistics, variables):
     """What this package's inference takes, on the device."""
     import jax
 
-    from ulsad_jax import decisions, inference, scoring
+    from ulsad_jax.scoring import calibration as scoring
+    from ulsad_jax.scoring import prediction as inference
+    from ulsad_jax.scoring import thresholds as decisions
 
     (local_offset, global_offset), (local_scale, global_scale) = OFFSETS, SCALES
     weights = inference.Weights(
@@ -190,7 +197,7 @@ def make_weights(trunk, statistics, variables):
 
 def save_weights(path: str, trunk, statistics, variables) -> None:
     """Writes everything under the names of `torch_ulsad.Ulsad`."""
-    from ulsad_jax import torch_import
+    from ulsad_jax.trunks import torch_names as torch_import
 
     networks = {"trunk": trunk}
     for ours, theirs in (("local", "local"), ("global", "global_")):

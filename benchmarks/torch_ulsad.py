@@ -1,8 +1,8 @@
 """ULSAD in plain PyTorch: what `benchmarks/speed.py` compares with.
 
 Written from the paper and the published description, as one writes PyTorch: eager
-modules, NCHW, `torch.optim.Adam`. Names are those that `ulsad_jax.torch_import` knows,
-so that both compute on the same weights.
+modules, NCHW, `torch.optim.Adam`. Names are those that
+`ulsad_jax.trunks.torch_names` knows, so that both compute on the same weights.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ulsad_jax.models.autoencoder import decoder_sizes
-from ulsad_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
-from ulsad_jax.scoring import BLUR_RADIUS, BLUR_SIGMA
+from ulsad_jax.methods.ulsad.autoencoder import decoder_sizes
+from ulsad_jax.nn.layers import IMAGENET_MEAN, IMAGENET_STD
+from ulsad_jax.scoring.calibration import BLUR_RADIUS, BLUR_SIGMA
 
 CHANNELS = 384
 

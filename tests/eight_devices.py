@@ -12,11 +12,14 @@ import pytest
 
 from tests import runs
 from tests.conftest import data  # noqa: F401
-from ulsad_jax import experiment, features, parallel, training
-from ulsad_jax.errors import UserError
-from ulsad_jax.models.convolution import MANY_IMAGES, convolve
-from ulsad_jax.models.local import LocalReconstructor
+from ulsad_jax.methods.ulsad.local import LocalReconstructor
+from ulsad_jax.nn.convolution import MANY_IMAGES, convolve
+from ulsad_jax.runs import run as experiment
+from ulsad_jax.runs import training
+from ulsad_jax.runtime import devices as parallel
+from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.sweep import wave
+from ulsad_jax.trunks import features
 
 BATCH, EPOCHS = 8, 10  # an epoch is one step
 TOLERANCE = 1e-5

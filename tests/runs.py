@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import mvtec_ad
-from ulsad_jax import experiment
+from ulsad_jax.runs import run as experiment
 
 REPOSITORY = Path(__file__).parents[1]
 EPOCHS = 4

@@ -14,20 +14,18 @@ from PIL import Image
 
 from configs import folder as folder_config
 from tests import runs, trees
-from ulsad_jax import config as config_lib
-from ulsad_jax import (
-    errors,
-    experiment,
-    features,
-    files,
-    losses,
-    pretrained,
-    results,
-)
-from ulsad_jax.checkpoint import CheckpointStore
-from ulsad_jax.data import builder, records
-from ulsad_jax.errors import UserError, reported
-from ulsad_jax.writer import Writer
+from ulsad_jax.data import prepare as builder
+from ulsad_jax.data import records
+from ulsad_jax.methods.ulsad import losses
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import results
+from ulsad_jax.runs import run as experiment
+from ulsad_jax.runtime import errors, files
+from ulsad_jax.runtime.checkpoint import CheckpointStore
+from ulsad_jax.runtime.errors import UserError, reported
+from ulsad_jax.runtime.writer import Writer
+from ulsad_jax.trunks import features
+from ulsad_jax.trunks import weights as pretrained
 
 # Anything a file may be called that is not a path.
 NAMES = ["a b", "a_b", "it's", '"q"', "ü漢字", "<b>&amp;", "-x", "a,b", "$(ls)", "100%"]

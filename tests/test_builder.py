@@ -16,12 +16,12 @@ from PIL import Image
 
 import ulsad_jax.data
 from tests import trees
-from ulsad_jax.data import builder as builder_module
-from ulsad_jax.data.builder import BUILDERS, RecordsBuilder, find_builder, to_example
+from ulsad_jax.data import prepare as builder_module
 from ulsad_jax.data.layouts import LAYOUTS, find_records
+from ulsad_jax.data.prepare import BUILDERS, RecordsBuilder, find_builder, to_example
 from ulsad_jax.data.records import Record, read_image, read_mask
 from ulsad_jax.data.survey import Survey
-from ulsad_jax.errors import UserError
+from ulsad_jax.runtime.errors import UserError
 
 PROJECT = Path(ulsad_jax.data.__file__).parents[2]
 
@@ -250,7 +250,7 @@ def test_a_mask_of_another_size_is_named(loco, cache):
 
 PROGRAM = """
 import os, signal, sys, time
-from ulsad_jax.data import builder
+from ulsad_jax.data import prepare as builder
 
 root, cache, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 to_example, read = builder.to_example, []

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.runs import assert_same_arrays, list_steps
-from ulsad_jax.checkpoint import CheckpointStore
-from ulsad_jax.errors import UserError
+from ulsad_jax.runtime.checkpoint import CheckpointStore
+from ulsad_jax.runtime.errors import UserError
 
 
 def make_model(value=0.0):

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ulsad_jax import compilation
-from ulsad_jax.models import layers
+from ulsad_jax.nn import layers
+from ulsad_jax.runtime import compilation
 
 PROGRAM = """
 import collections, sys
 
 import jax
 from jax import monitoring
-from ulsad_jax import compilation
+from ulsad_jax.runtime import compilation
 
 events = collections.Counter()
 monitoring.register_event_listener(lambda name, **_: events.update([name]))

@@ -12,8 +12,8 @@ import pytest
 import configs
 from configs import default, mvtec_ad, quickstart
 from tests import runs
-from ulsad_jax import config as config_lib
-from ulsad_jax.errors import UserError
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runtime.errors import UserError
 
 NAMES = {m.name for m in pkgutil.iter_modules(configs.__path__)}
 NAMES = sorted(NAMES - {"default"})

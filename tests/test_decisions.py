@@ -8,8 +8,10 @@ import pytest
 from scipy import stats
 
 from tests import runs
-from ulsad_jax import decisions, experiment, scoring
-from ulsad_jax.errors import UserError
+from ulsad_jax.runs import run as experiment
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.scoring import calibration as scoring
+from ulsad_jax.scoring import thresholds as decisions
 
 
 def make_maps(scores):

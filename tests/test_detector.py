@@ -13,7 +13,7 @@ from PIL import Image
 import ulsad_jax
 from tests import runs
 from ulsad_jax.data.resize import resize_map
-from ulsad_jax.errors import UserError
+from ulsad_jax.runtime.errors import UserError
 
 SCORES = ("score", "normalized_score", "local_score", "global_score")
 

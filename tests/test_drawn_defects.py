@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from tests import runs
-from ulsad_jax.data import folder, mvtec_ad, records
+from ulsad_jax.data import records
+from ulsad_jax.data.layouts import folder, mvtec_ad
 
 sys.path.insert(0, str(runs.REPOSITORY / "benchmarks"))
 

@@ -10,9 +10,12 @@ from safetensors.numpy import save_file
 
 from tests import runs, trees
 from tests.goldens import weights
-from ulsad_jax import evaluation, experiment, inference, pretrained
-from ulsad_jax.errors import UserError
 from ulsad_jax.metrics.image import UndefinedMetricWarning
+from ulsad_jax.runs import evaluation
+from ulsad_jax.runs import run as experiment
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.scoring import prediction as inference
+from ulsad_jax.trunks import weights as pretrained
 
 SIZE = (4, 6)
 

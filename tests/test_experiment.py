@@ -16,15 +16,17 @@ import pytest
 from PIL import Image
 
 from tests import runs, trees
-from ulsad_jax import experiment, trained, trainer, training
-from ulsad_jax.errors import Interrupted, UserError, reported
-from ulsad_jax.models.pyramid import FeaturePyramid
-from ulsad_jax.models.ulsad import Ulsad
+from ulsad_jax.methods.ulsad.networks import Ulsad
+from ulsad_jax.runs import loop as trainer
+from ulsad_jax.runs import run as experiment
+from ulsad_jax.runs import trained, training
+from ulsad_jax.runtime.errors import Interrupted, UserError, reported
+from ulsad_jax.trunks.pyramid import FeaturePyramid
 
 # train.py itself, with a pause before every step: time to stop it somewhere.
 SLOWLY = """
 import runpy, sys, time
-from ulsad_jax import trainer
+from ulsad_jax.runs import loop as trainer
 
 def slow_progress(steps, *arguments, **options):
     for step in steps:

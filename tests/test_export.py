@@ -15,9 +15,10 @@ from PIL import Image
 
 import ulsad_jax
 from tests import runs
-from ulsad_jax import artifact, export, export_onnx, trained
+from ulsad_jax import artifact, export, export_onnx
 from ulsad_jax.data.resize import resize_bilinear
-from ulsad_jax.errors import UserError
+from ulsad_jax.runs import trained
+from ulsad_jax.runtime.errors import UserError
 
 SCORES = ("score", "normalized_score", "local_score", "global_score")
 # A machine with what the README says, and nothing of this project.

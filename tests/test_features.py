@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ulsad_jax import features, pretrained
-from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
+from ulsad_jax.trunks import features
+from ulsad_jax.trunks import weights as pretrained
+from ulsad_jax.trunks.pyramid import FEATURE_CHANNELS, FeaturePyramid
 
 
 def draw(*shape, seed=0):

@@ -12,12 +12,13 @@ from sklearn import metrics as sklearn_metrics
 from configs import mvtec_ad, mvtec_loco, quickstart
 from tests import runs, trees
 from tests.test_metrics import draw_scores
-from ulsad_jax import evaluation, experiment, full_resolution
-from ulsad_jax.data.pipeline import open_category
+from ulsad_jax.data.batches import open_category
 from ulsad_jax.data.resize import resize_map
-from ulsad_jax.errors import UserError
 from ulsad_jax.metrics import pixel, spro
 from ulsad_jax.metrics.image import UndefinedMetricWarning
+from ulsad_jax.runs import evaluation, full_resolution
+from ulsad_jax.runs import run as experiment
+from ulsad_jax.runtime.errors import UserError
 
 MAPS = (16, 24)  # model resolution here
 LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import resource, threading
-from ulsad_jax import host_memory
+from ulsad_jax.runtime import host_memory
 
 {call}
 import numpy as np

@@ -41,8 +41,14 @@ class Refuse:
 
 
 sys.meta_path.insert(0, Refuse())
-from ulsad_jax import checkpoint, features, losses, scoring, torch_import, training
-from ulsad_jax.models import pyramid, ulsad
+from ulsad_jax.runtime import checkpoint
+from ulsad_jax.trunks import features
+from ulsad_jax.methods.ulsad import losses
+from ulsad_jax.scoring import calibration as scoring
+from ulsad_jax.trunks import torch_names as torch_import
+from ulsad_jax.runs import training
+from ulsad_jax.trunks import pyramid
+from ulsad_jax.methods.ulsad import networks as ulsad
 """
 
 ONNX = """
@@ -59,7 +65,9 @@ class Refuse:
 
 
 sys.meta_path.insert(0, Refuse())
-from ulsad_jax import artifact, errors, export, files
+from ulsad_jax import artifact, export
+from ulsad_jax.runtime import errors
+from ulsad_jax.runtime import files
 """
 
 

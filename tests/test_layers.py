@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ulsad_jax import torch_import
-from ulsad_jax.models import convolution, layers, resnet
-from ulsad_jax.models.pyramid import pool_channels
+from ulsad_jax.nn import convolution, layers
+from ulsad_jax.trunks import resnet
+from ulsad_jax.trunks import torch_names as torch_import
+from ulsad_jax.trunks.pyramid import pool_channels
 
 
 def correlate(x, weight, bias=0, *, stride, padding):

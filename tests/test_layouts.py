@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests import trees
-from ulsad_jax.data import layouts, magnetic_tile
+from ulsad_jax.data import layouts
+from ulsad_jax.data.layouts import magnetic_tile
 from ulsad_jax.data.records import GOOD, TEST, TRAIN, VALIDATION, read_image, read_mask
-from ulsad_jax.errors import UserError
+from ulsad_jax.runtime.errors import UserError
 
 
 def counts(records):

@@ -7,8 +7,9 @@ import pytest
 
 from configs import default
 from tests import runs
-from ulsad_jax import loss_check, losses, training
-from ulsad_jax.errors import UserError
+from ulsad_jax.methods.ulsad import loss_check, losses
+from ulsad_jax.runs import training
+from ulsad_jax.runtime.errors import UserError
 
 HERE = "tests.test_loss_check"
 

@@ -14,8 +14,11 @@ import optax
 import pytest
 
 from tests import runs
-from ulsad_jax import experiment, inspect_losses, loss_inspection, losses, training
-from ulsad_jax.models.ulsad import NETWORKS
+from ulsad_jax import inspect_losses
+from ulsad_jax.methods.ulsad import losses
+from ulsad_jax.methods.ulsad.networks import NETWORKS
+from ulsad_jax.runs import loss_inspection, training
+from ulsad_jax.runs import run as experiment
 
 SECTION = "### A laboratory for loss terms"
 STEP = 200

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ulsad_jax import losses
-from ulsad_jax.errors import UserError
+from ulsad_jax.methods.ulsad import losses
+from ulsad_jax.runtime.errors import UserError
 
 SHAPE = (3, 4, 5, 6)
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ulsad_jax.models.autoencoder import GlobalAutoencoder, decoder_sizes
-from ulsad_jax.models.local import LocalReconstructor
-from ulsad_jax.models.pyramid import FeaturePyramid
-from ulsad_jax.models.resnet import ARCHITECTURES, ResNet, fold_batch_norm
-from ulsad_jax.models.ulsad import Ulsad
+from ulsad_jax.methods.ulsad.autoencoder import GlobalAutoencoder, decoder_sizes
+from ulsad_jax.methods.ulsad.local import LocalReconstructor
+from ulsad_jax.methods.ulsad.networks import Ulsad
+from ulsad_jax.trunks.pyramid import FeaturePyramid
+from ulsad_jax.trunks.resnet import ARCHITECTURES, ResNet, fold_batch_norm
 
 SIZES = [(64, 64), (64, 96), (96, 64), (128, 128), (256, 256), (320, 224)]
 SMALL = (64, 96)  # pixels of the tests that compute

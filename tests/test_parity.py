@@ -19,8 +19,12 @@ import pytest
 from configs import default
 from tests.goldens import weights
 from tests.goldens.cut import cut
-from ulsad_jax import features, losses, scoring, torch_import, training
-from ulsad_jax.models.pyramid import FeaturePyramid, pyramid_variables
+from ulsad_jax.methods.ulsad import losses
+from ulsad_jax.runs import training
+from ulsad_jax.scoring import calibration as scoring
+from ulsad_jax.trunks import features
+from ulsad_jax.trunks import torch_names as torch_import
+from ulsad_jax.trunks.pyramid import FeaturePyramid, pyramid_variables
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CONFIG = default.get_config()

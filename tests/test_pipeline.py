@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from tests import trees
-from ulsad_jax.data.pipeline import Category, Examples, open_category
+from ulsad_jax.data.batches import Category, Examples, open_category
 from ulsad_jax.data.records import Saturation, read_image, read_mask
 from ulsad_jax.data.resize import resize_bilinear, resize_nearest
-from ulsad_jax.errors import UserError
+from ulsad_jax.runtime.errors import UserError
 
 SIZE = (16, 24)
 

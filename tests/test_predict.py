@@ -14,8 +14,8 @@ from PIL import Image
 import ulsad_jax
 from tests import runs, trees
 from ulsad_jax import predict, predictions
-from ulsad_jax.errors import UserError
-from ulsad_jax.results import SCORES
+from ulsad_jax.runs.results import SCORES
+from ulsad_jax.runtime.errors import UserError
 
 BAD = ("broken/bomb.png", "broken/cut.jpg", "broken/empty.png", "broken/text.png")
 

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests import runs
 from tests.goldens import weights
-from ulsad_jax import pretrained
-from ulsad_jax.errors import UserError
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.trunks import weights as pretrained
 
 
 def load(*, architecture="resnet18", source="file", repository="", path="", seed=0):

@@ -25,7 +25,7 @@ from ulsad_jax.data.records import (
     read_image,
     read_mask,
 )
-from ulsad_jax.errors import UserError
+from ulsad_jax.runtime.errors import UserError
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 ROOT = Path("data")

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from tests import runs
-from ulsad_jax import evaluation, files, results, stages
 from ulsad_jax.metrics import pixel
 from ulsad_jax.metrics.curves import Curve, area_up_to, thin
 from ulsad_jax.report import page, pictures, plots, run_files, sections
+from ulsad_jax.runs import evaluation, results
+from ulsad_jax.runtime import files, stages
 
 HOSTILE = "<script>document.title='gone'</script>\"' onload=\"x()\" & $title"
 HEAD = [

@@ -11,11 +11,11 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from tests import runs
-from ulsad_jax import results
 from ulsad_jax.data.records import Record
-from ulsad_jax.inference import Prediction
 from ulsad_jax.report import figures, pictures
-from ulsad_jax.writer import Writer
+from ulsad_jax.runs import results
+from ulsad_jax.runtime.writer import Writer
+from ulsad_jax.scoring.prediction import Prediction
 
 NAN = math.nan
 ABOUT = {"selection": "last", "selected_on_test": False}

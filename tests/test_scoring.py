@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ulsad_jax import scoring
+from ulsad_jax.scoring import calibration as scoring
 
 
 def draw(seed, shape):

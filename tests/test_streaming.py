@@ -12,9 +12,11 @@ import pytest
 from tests import runs
 from tests.test_experiment import interrupt_at, needs_cpu
 from tests.test_features import make_batches
-from ulsad_jax import features, parallel, pretrained
-from ulsad_jax.errors import Interrupted
-from ulsad_jax.models.pyramid import FEATURE_CHANNELS, FeaturePyramid
+from ulsad_jax.runtime import devices as parallel
+from ulsad_jax.runtime.errors import Interrupted
+from ulsad_jax.trunks import features
+from ulsad_jax.trunks import weights as pretrained
+from ulsad_jax.trunks.pyramid import FEATURE_CHANNELS, FeaturePyramid
 
 COUNTS, SIZE = (5, 2), (64, 96)
 STREAMING = {"train.feature_memory": 0}

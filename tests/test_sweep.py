@@ -20,12 +20,13 @@ from ml_collections import ConfigDict
 from configs import ablation
 from configs import sweep as sweep_config
 from tests import runs
-from ulsad_jax import config as config_lib
-from ulsad_jax import pretrained, training
-from ulsad_jax.errors import Interrupted, UserError
-from ulsad_jax.losses import make_loss_fn
+from ulsad_jax.methods.ulsad.losses import make_loss_fn
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import training
+from ulsad_jax.runtime.errors import Interrupted, UserError
 from ulsad_jax.sweep import grid, memory, summary, wave
 from ulsad_jax.sweep import run as sweep
+from ulsad_jax.trunks import weights as pretrained
 
 TRACED = [
     *("optimizer.learning_rate", "optimizer.weight_decay"),

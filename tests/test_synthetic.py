@@ -8,19 +8,20 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from ulsad_jax.data import mvtec_loco, synthetic
+from ulsad_jax.data.layouts import mvtec_loco
 from ulsad_jax.data.records import read_image, read_mask
-from ulsad_jax.data.synthetic_anomalies import LOGICAL, STRUCTURAL, VISIBLE
-from ulsad_jax.data.synthetic_design import draw_design
-from ulsad_jax.data.synthetic_scenes import (
+from ulsad_jax.data.synthetic import categories as synthetic
+from ulsad_jax.data.synthetic.anomalies import LOGICAL, STRUCTURAL, VISIBLE
+from ulsad_jax.data.synthetic.design import draw_design
+from ulsad_jax.data.synthetic.scenes import (
     contents,
     draw_scene,
     photograph,
     view,
     violations,
 )
-from ulsad_jax.data.synthetic_shapes import View, coverage
-from ulsad_jax.errors import UserError
+from ulsad_jax.data.synthetic.shapes import View, coverage
+from ulsad_jax.runtime.errors import UserError
 
 SIZE = (96, 96)
 TYPES = ("good", "logical_anomalies", "structural_anomalies")
@@ -298,7 +299,12 @@ def test_pixel_statistics_do_not_solve_it():
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "ulsad_jax.data.synthetic", f"--output={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ulsad_jax.data.synthetic",
+        f"--output={tmp_path}",
+    ]
     command += ["--category=tray", "--seed=5", "--image_size=64,80", "--train=1"]
     command += ["--validation=0", "--good=0", "--per_kind=0"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

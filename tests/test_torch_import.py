@@ -6,10 +6,10 @@ import pytest
 from flax import traverse_util
 
 from tests.goldens import weights
-from ulsad_jax import torch_import
-from ulsad_jax.errors import UserError
-from ulsad_jax.models.local import LocalReconstructor
-from ulsad_jax.models.resnet import ARCHITECTURES
+from ulsad_jax.methods.ulsad.local import LocalReconstructor
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.trunks import torch_names as torch_import
+from ulsad_jax.trunks.resnet import ARCHITECTURES
 
 
 def trunk_arrays(architecture="resnet18"):

@@ -9,9 +9,14 @@ import optax
 import pytest
 
 from tests import runs
-from ulsad_jax import decisions, features, parallel, scoring, trainer, training
-from ulsad_jax.errors import UserError
-from ulsad_jax.losses import make_loss_fn
+from ulsad_jax.methods.ulsad.losses import make_loss_fn
+from ulsad_jax.runs import loop as trainer
+from ulsad_jax.runs import training
+from ulsad_jax.runtime import devices as parallel
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.scoring import calibration as scoring
+from ulsad_jax.scoring import thresholds as decisions
+from ulsad_jax.trunks import features
 
 BATCH, SIZE, CHANNELS = 4, 64, 384
 RATES = {"image_fpr": 0.25, "pixel_fpr": 0.01}

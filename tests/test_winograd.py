@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ulsad_jax.models import convolution, winograd
+from ulsad_jax.nn import convolution, winograd
 
 TILES = [(2, 2), (2, 3), (4, 3), (2, 5), (4, 5)]  # of m outputs, kernels of size k
 

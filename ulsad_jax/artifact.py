@@ -15,15 +15,20 @@ from flax import serialization, traverse_util
 from jax import export
 
 import ulsad_jax
-from ulsad_jax import decisions, features, files, inference, scoring, training
-from ulsad_jax.errors import UserError
-from ulsad_jax.models.pyramid import FeaturePyramid
-from ulsad_jax.models.ulsad import Ulsad
+from ulsad_jax.methods.ulsad.networks import Ulsad
+from ulsad_jax.runs import training
+from ulsad_jax.runtime import files
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.scoring import calibration as scoring
+from ulsad_jax.scoring import prediction as inference
+from ulsad_jax.scoring import thresholds as decisions
+from ulsad_jax.trunks import features
+from ulsad_jax.trunks.pyramid import FeaturePyramid
 
 if TYPE_CHECKING:
     from jaxtyping import Array, UInt8
 
-    from ulsad_jax.trained import Run
+    from ulsad_jax.runs.trained import Run
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # that jax.export knows
 MODEL, METADATA = "model.jax", "metadata.json"  # in the file

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from ulsad_jax import errors, host_memory
+from ulsad_jax.runtime import errors, host_memory
 
 SELECTIONS = ("last", "best_validation_loss", "best_test_auroc")
 
@@ -82,7 +82,7 @@ def define_processes() -> Callable[[], contextlib.AbstractContextManager[None]]:
             )
         if not distributed.value and None in by_hand:
             return contextlib.nullcontext()
-        from ulsad_jax import hosts  # not for --help: JAX takes seconds
+        from ulsad_jax.runtime import hosts
 
         return hosts.joined(
             coordinator=by_hand[0],

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ulsad_jax import inference, trained, training
 from ulsad_jax.data.records import read_image, to_rgb
 from ulsad_jax.data.resize import resize_bilinear, resize_map
-from ulsad_jax.decisions import Decisions
-from ulsad_jax.errors import UserError
+from ulsad_jax.runs import trained, training
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.scoring import prediction as inference
+from ulsad_jax.scoring.thresholds import Decisions
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, UInt8

@@ -16,10 +16,11 @@ from ulsad_jax.command_line import add_run_arguments, as_path
 def main(arguments: list[str]) -> None:
     """Exports, and says what was written."""
     flags = parse(arguments)
-    from ulsad_jax import errors
+    from ulsad_jax.runtime import errors
 
     with errors.reported():
-        from ulsad_jax import artifact, trained  # not for --help: JAX takes seconds
+        from ulsad_jax import artifact
+        from ulsad_jax.runs import trained
 
         check_output(flags.output)
         platforms = tuple(dict.fromkeys(flags.platforms.split(",")))
@@ -66,7 +67,7 @@ def check_output(path: Path) -> None:
     Raises:
         UserError: its folder is not there, or it is a folder.
     """
-    from ulsad_jax.errors import UserError
+    from ulsad_jax.runtime.errors import UserError
 
     if path.is_dir() or not path.parent.is_dir():
         found = "a folder" if path.is_dir() else "no such folder"

@@ -26,7 +26,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--weights", required=True, type=Path, help=".safetensors")
     parser.add_argument("--output", required=True, type=Path, help=".onnx to write.")
     flags = parser.parse_args(arguments)
-    from ulsad_jax import errors, export, files
+    from ulsad_jax import export
+    from ulsad_jax.runtime import errors, files
 
     with errors.reported():
         export.check_output(flags.output)
@@ -59,7 +60,7 @@ def convert(function: Callable, metadata: Mapping[str, Any]) -> bytes:
     from jax.extend.core import jaxpr_as_fun
     from jax2onnx import to_onnx
 
-    from ulsad_jax.models import convolution
+    from ulsad_jax.nn import convolution
 
     (batch,) = jax.export.symbolic_shape("b")
     image = jax.ShapeDtypeStruct((batch, *metadata["image_size"], 3), jnp.uint8)

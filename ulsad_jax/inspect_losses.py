@@ -22,12 +22,12 @@ _JSON = flags.DEFINE_boolean("json", False, "Print JSON instead of a table.")
 def main(argv: list[str]) -> None:
     """Prints the table; fails if a term cannot be trained with."""
     command_line.begin(argv)
-    from ulsad_jax import errors
+    from ulsad_jax.runtime import errors
 
     with errors.reported():
         import json
 
-        from ulsad_jax import loss_inspection  # not for --help: JAX takes seconds
+        from ulsad_jax.runs import loss_inspection
 
         document = loss_inspection.inspect(_CONFIG.value, step=_STEP.value)
         if _JSON.value:

@@ -9,21 +9,23 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ulsad_jax import host_memory
 from ulsad_jax.command_line import add_run_arguments, as_path
+from ulsad_jax.runtime import host_memory
 
 
 def main(arguments: list[str]) -> int:
     """Predicts; returns the exit status."""
     flags = parse(arguments)
     host_memory.keep_freed()
-    from ulsad_jax import errors
+    from ulsad_jax.runtime import errors
 
     with errors.reported(stopped="Stopped. Images that have a row are finished."):
         # Not for --help: JAX takes seconds.
-        from ulsad_jax import compilation, predictions, trained
-        from ulsad_jax import config as config_lib
+        from ulsad_jax import predictions
         from ulsad_jax.detector import Detector
+        from ulsad_jax.runs import config as config_lib
+        from ulsad_jax.runs import trained
+        from ulsad_jax.runtime import compilation
 
         try:
             inputs = predictions.find_inputs(flags.inputs)

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from PIL import Image
 
-from ulsad_jax import files
 from ulsad_jax.data.records import IMAGE_SUFFIXES, read_image
 from ulsad_jax.detector import Detector, Prepared, Result
-from ulsad_jax.errors import UserError
-from ulsad_jax.progress import progress
 from ulsad_jax.report import figures
-from ulsad_jax.results import SCORES
+from ulsad_jax.runs.results import SCORES
+from ulsad_jax.runtime import files
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.runtime.progress import progress
 
 CSV, JSON = "scores.csv", "scores.jsonl"
 COLUMNS = ("image", "name", *SCORES, "width", "height", "error")

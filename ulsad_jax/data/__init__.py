@@ -3,4 +3,4 @@
 Importing this package registers its data sets with TFDS (see `builder`).
 """
 
-from ulsad_jax.data import builder as builder
+from ulsad_jax.data import prepare as prepare

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ulsad_jax.errors import UserError
+from ulsad_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, UInt8

@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from ulsad_jax import files
 from ulsad_jax.report import run_files, sections
 from ulsad_jax.report.style import STYLE
+from ulsad_jax.runtime import files
 
 REPORT = "report.html"
 MAX_PICTURES = 240  # of all categories together: about 4 MB at 256 x 256 pixels

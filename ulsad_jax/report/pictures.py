@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ulsad_jax import evaluation, inference, results
 from ulsad_jax.report import figures
+from ulsad_jax.runs import evaluation, results
+from ulsad_jax.scoring import prediction as inference
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ulsad_jax import results
 from ulsad_jax.data.records import GOOD
+from ulsad_jax.runs import results
 
 
 @dataclasses.dataclass(frozen=True)

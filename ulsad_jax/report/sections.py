@@ -11,12 +11,12 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from ulsad_jax import config as config_lib
-from ulsad_jax import results
 from ulsad_jax.data.records import GOOD
 from ulsad_jax.metrics.curves import Curve, find_tie_ends, make_curve, thin
 from ulsad_jax.report.plots import Axis, Line, draw_histograms, draw_lines, fit_axis
 from ulsad_jax.report.run_files import CategoryFiles, RunFiles, Scored
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import results
 
 DASH = "–"
 PRO_LIMIT = 0.3  # where the axis of PRO and sPRO ends, as AUPRO does

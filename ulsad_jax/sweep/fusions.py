@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ulsad_jax import evaluation, files, results
-from ulsad_jax.category_run import CategoryRun
+from ulsad_jax.runs import evaluation, results
+from ulsad_jax.runs.category import CategoryRun
+from ulsad_jax.runtime import files
 
 FUSIONS = "fusions.json"
 LOCAL, GLOBAL, RAW_MEAN = "local", "global", "raw mean"

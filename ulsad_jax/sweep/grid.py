@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ulsad_jax import config as config_lib
-from ulsad_jax import results
-from ulsad_jax.errors import UserError, suggest
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import results
+from ulsad_jax.runtime.errors import UserError, suggest
 from ulsad_jax.sweep.wave import BACKENDS
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from ulsad_jax import features, training
-from ulsad_jax.models.pyramid import feature_shape
+from ulsad_jax.runs import training
+from ulsad_jax.trunks import features
+from ulsad_jax.trunks.pyramid import feature_shape
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

@@ -14,24 +14,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 from tqdm import tqdm
 
-from ulsad_jax import (
-    compilation,
-    experiment,
-    features,
-    files,
-    loss_check,
-    pretrained,
-    results,
-    trained,
-    training,
-)
-from ulsad_jax import config as config_lib
-from ulsad_jax.category_run import CategoryRun
-from ulsad_jax.data.pipeline import Category
-from ulsad_jax.errors import UserError
-from ulsad_jax.losses import make_loss_fn
+from ulsad_jax.data.batches import Category
+from ulsad_jax.methods.ulsad import loss_check
+from ulsad_jax.methods.ulsad.losses import make_loss_fn
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import results, trained, training
+from ulsad_jax.runs import run as experiment
+from ulsad_jax.runs.category import CategoryRun
+from ulsad_jax.runtime import compilation, files
+from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.sweep import fusions, grid, memory, summary, wave
 from ulsad_jax.sweep.shared import Source
+from ulsad_jax.trunks import features
+from ulsad_jax.trunks import weights as pretrained
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ulsad_jax import features, pretrained, training
-from ulsad_jax.data.pipeline import Category, Examples
-from ulsad_jax.progress import progress
+from ulsad_jax.data.batches import Category, Examples
+from ulsad_jax.runs import training
+from ulsad_jax.runtime.progress import progress
+from ulsad_jax.trunks import features
+from ulsad_jax.trunks import weights as pretrained
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ulsad_jax import config as config_lib
-from ulsad_jax import files, results
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import results
+from ulsad_jax.runtime import files
 from ulsad_jax.sweep.fusions import FUSIONS
 from ulsad_jax.sweep.grid import Member
 

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ulsad_jax import training
-from ulsad_jax.errors import Diverged, Interrupted
-from ulsad_jax.models.ulsad import Ulsad
-from ulsad_jax.trainer import Trainer, stop_signals
+from ulsad_jax.methods.ulsad.networks import Ulsad
+from ulsad_jax.runs import training
+from ulsad_jax.runs.loop import Trainer, stop_signals
+from ulsad_jax.runtime.errors import Diverged, Interrupted
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8

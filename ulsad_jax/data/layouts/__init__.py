@@ -1,0 +1,98 @@
+"""The known data sets and how to find the records of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from ulsad_jax.data.layouts import (
+    btad,
+    folder,
+    magnetic_tile,
+    mvtec_ad,
+    mvtec_loco,
+    table,
+    visa,
+)
+from ulsad_jax.data.records import Record, check
+from ulsad_jax.runtime.errors import UserError
+
+LAYOUTS: dict[str, ModuleType] = {
+    "mvtec_ad": mvtec_ad,
+    "mvtec_loco": mvtec_loco,
+    "btad": btad,
+    "mpdd": mvtec_ad,
+    "visa": visa,
+    "magnetic_tile": magnetic_tile,
+    "folder": folder,
+    "table": table,
+    "synthetic": mvtec_loco,
+}
+
+
+def find_categories(name: str, root: Path) -> list[str]:
+    """The categories of data set `name` under `root`.
+
+    Args:
+        name: a key of `LAYOUTS`.
+        root: the folder that the data set was unpacked to; for "table", a CSV file.
+
+    Raises:
+        UserError: an unknown data set, no data at `root`, or data of another layout.
+    """
+    if name not in LAYOUTS:
+        raise UserError(
+            f"Expected a data set among {', '.join(LAYOUTS)}, found {name!r}. Correct "
+            "the name, or use 'folder' or 'table' for your own images."
+        )
+    is_table = LAYOUTS[name] is table
+    if not (root.is_file() if is_table else root.is_dir()):
+        found = "something else" if root.exists() else "nothing there"
+        raise UserError(
+            f"Expected the data root of {name!r} to be a "
+            f"{'CSV file' if is_table else 'folder'}, found {found}: {root}. Correct "
+            "the path, or get the data (README, section Real data)."
+        )
+    found = LAYOUTS[name].categories(root)
+    if not found:
+        raise UserError(
+            f"Expected categories of {name!r} in {root}, found none. Give the folder "
+            "that holds the categories' folders, unpacked (README, section Real data)."
+        )
+    return found
+
+
+def select_categories(name: str, root: Path, wanted: Sequence[str]) -> list[str]:
+    """The wanted categories, each once; all that are found for ["all"].
+
+    Raises:
+        UserError: what `find_categories` raises, or an unknown category.
+    """
+    known = find_categories(name, root)
+    if list(wanted) == ["all"]:
+        return known
+    for category in wanted:
+        if category not in known:
+            raise UserError(
+                f"Expected a category of {name!r} found in {root} "
+                f"({', '.join(known)}), found {category!r}. Correct the name, or "
+                "unpack that category there."
+            )
+    return list(dict.fromkeys(wanted))
+
+
+def find_records(name: str, root: Path, category: str) -> list[Record]:
+    """The checked records of one category, in a fixed order.
+
+    Args:
+        name: a key of `LAYOUTS`.
+        root: the folder that the data set was unpacked to; for "table", a CSV file.
+        category: one of `find_categories(name, root)`.
+
+    Raises:
+        UserError: what `find_categories` raises, an unknown category, or data that
+            cannot be trained on.
+    """
+    select_categories(name, root, [category])
+    return check(LAYOUTS[name].records(root, category), root)

@@ -1,0 +1,112 @@
+"""Magnetic Tile Defects (Huang et al., The Visual Computer 2020).
+
+    MT_Free/Imgs/exp<k>_num_<n>.jpg               normal
+    MT_<Defect>/Imgs/exp<k>_num_<n>.{jpg,png}     image and mask
+
+Sorted by n, a run of normal images with rising k is one tile under several
+exposures. 80 % of the normal images, in whole tiles, are trained on; the others and
+all defects are the test set, as in DifferNet and PatchCore. The published data set has
+no split: this one is fixed by `SEED`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from ulsad_jax.data.records import (
+    GOOD,
+    TEST,
+    TRAIN,
+    Mask,
+    Record,
+    hold_out,
+    list_folders,
+    list_images,
+)
+from ulsad_jax.runtime.errors import UserError
+
+CATEGORIES = ("magnetic_tile",)
+TEST_FRACTION = 0.2
+SEED = 0
+MASK_ABOVE = 127  # masks are smoothed
+
+# Runs, by their first n, that show the same tile: two tiles were photographed in
+# turn, or one twice. Names cannot tell; the images do.
+SAME_TILE = (
+    (743, 855, 913, 964),
+    (5874, 5907),
+    (6508, 6539, 6558, 6571, 6605),
+    (8676, 10334),
+    (37056, 37243, 37262, 37273, 37556),
+    (53011, 65001),
+    (116949, 117033),
+    (320808, 320895),
+    (355636, 358102),
+)
+_FIRST_RUN = {n: runs[0] for runs in SAME_TILE for n in runs}
+
+
+def categories(root: Path) -> list[str]:
+    """The one category, if `root` holds any MT_<type> folder."""
+    return list(CATEGORIES) if _type_folders(root) else []
+
+
+def records(root: Path, category: str) -> list[Record]:
+    """One record an image.
+
+    Raises:
+        UserError: a normal image's name does not say its exposure and number; fewer
+            than two normal tiles.
+    """
+    normal: list[Record] = []
+    defects: list[Record] = []
+    for kind, folder in _type_folders(root).items():
+        images = [p for p in list_images(folder) if p.suffix.lower() == ".jpg"]
+        if kind == GOOD:
+            normal = _group_by_tile(images)
+        else:
+            defects += [Record(p, TEST, kind, _mask_beside(p)) for p in images]
+    if not normal:
+        return defects
+    kept, held = hold_out(normal, fraction=TEST_FRACTION, seed=SEED)
+    return kept + [dataclasses.replace(r, split=TEST) for r in held] + defects
+
+
+def _type_folders(root: Path) -> dict[str, Path]:
+    """The folder of each type: `MT_Blowhole/Imgs` for "blowhole"."""
+    folders = {}
+    for folder in list_folders(root):
+        prefix, _, kind = folder.name.lower().partition("_")
+        if prefix == "mt" and kind and (folder / "Imgs").is_dir():
+            folders[GOOD if kind == "free" else kind] = folder / "Imgs"
+    return folders
+
+
+def _mask_beside(image: Path) -> tuple[Mask, ...]:
+    path = image.with_suffix(".png")
+    return (Mask(path, above=MASK_ABOVE),) if path.is_file() else ()
+
+
+def _group_by_tile(images: list[Path]) -> list[Record]:
+    """Training records, grouped by tile."""
+    found = []
+    tile, previous = 0, None
+    for number, exposure, image in sorted((*_parse(p), p) for p in images):
+        if previous is None or exposure <= previous:
+            tile = _FIRST_RUN.get(number, number)
+        previous = exposure
+        found.append(Record(image, TRAIN, group=f"tile_{tile}"))
+    return found
+
+
+def _parse(image: Path) -> tuple[int, int]:
+    """The (n, k) of exp<k>_num_<n>."""
+    match = re.fullmatch(r"exp(\d+)_num_(\d+)", image.stem)
+    if match is None:
+        raise UserError(
+            "Expected names such as exp1_num_743.jpg, which say what images show one "
+            f"tile, found {image}. Restore its name, or remove it."
+        )
+    return int(match[2]), int(match[1])

@@ -1,0 +1,1 @@
+"""Drawn data sets of logical and structural defects."""

@@ -1,0 +1,245 @@
+"""Writes synthetic categories with logical rules in MVTec LOCO AD's layout.
+
+Each category is a tray of parts with its own layout, materials and rules, drawn from
+a seed; its images vary in position, rotation, colour, light and noise. Anomalous
+images break a rule or show a damaged part, with exact masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from ulsad_jax.data.records import GOOD, TEST, TRAIN, VALIDATION
+from ulsad_jax.data.synthetic.anomalies import (
+    LOGICAL,
+    STRUCTURAL,
+    logical_mask,
+    saturations,
+    structural_mask,
+)
+from ulsad_jax.data.synthetic.design import Design, draw_design
+from ulsad_jax.data.synthetic.scenes import (
+    Scene,
+    draw_scene,
+    photograph,
+    violations,
+    with_grain,
+)
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, UInt8
+
+GENERATOR_VERSION = 2  # to be raised with every change of what is drawn
+PARAMETERS = "generator.json"
+_LOGICAL, _STRUCTURAL = "logical_anomalies", "structural_anomalies"
+_SMALLEST = 64  # below, parts are too few pixels to tell them apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One image of a category before it is written.
+
+    Attributes:
+        image: the picture.
+        scene: what it shows.
+        twin: the same scene before anything was spoiled; for a normal image, itself.
+        masks: (defect name, pixels), one a ground-truth channel.
+    """
+
+    image: UInt8[np.ndarray, "h w 3"]
+    scene: Scene
+    twin: Scene
+    masks: list[tuple[str, Bool[np.ndarray, "h w"]]]
+
+
+def draw_sample(
+    design: Design, size: tuple[int, int], *, seed: int, split: str, type: str, i: int
+) -> Sample:
+    """Draws image number `i` of a folder, whatever else is drawn.
+
+    The kinds of anomalies take turns: `i` modulo their number.
+
+    Args:
+        design: the category, drawn from `seed`.
+        size: (height, width) in pixels.
+        seed: the category's seed.
+        split: "train", "validation" or "test".
+        type: "good", "logical_anomalies" or "structural_anomalies".
+        i: the image's number in its folder.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{type}/{i}".encode())])
+    twin = draw_scene(design, rng)
+    if type == _STRUCTURAL:
+        sample = _damaged(design, size, twin, rng, i)
+    elif type == _LOGICAL:
+        spoil = list(LOGICAL.values())[i % len(LOGICAL)]
+        scene, regions = spoil(design, twin, rng)
+        image = with_grain(scene, photograph(design, scene, size))
+        masks = [(r.defect, logical_mask(scene, r, size)) for r in regions]
+        sample = Sample(image, scene, twin, masks)
+    else:
+        image = with_grain(twin, photograph(design, twin, size))
+        sample = Sample(image, twin, twin, [])
+    assert bool(violations(design, sample.scene)) == (type == _LOGICAL)
+    return sample
+
+
+def _damaged(
+    design: Design, size: tuple[int, int], twin: Scene, rng: np.random.Generator, i: int
+) -> Sample:
+    kind, damage = list(STRUCTURAL.items())[i % len(STRUCTURAL)]
+    sound = photograph(design, twin, size)
+    enough = max(4, 2e-4 * size[0] * size[1])
+    while True:  # other parts may hide the damage; then another one is tried
+        scene = damage(design, twin, rng)
+        photo = photograph(design, scene, size)
+        mask = structural_mask(scene, photo, sound)
+        if mask.sum() >= enough:
+            return Sample(with_grain(scene, photo), scene, twin, [(kind, mask)])
+
+
+def write_category(
+    root: Path,
+    *,
+    category: str,
+    seed: int,
+    image_size: int | tuple[int, int] = 256,
+    train: int = 100,
+    validation: int = 20,
+    good: int = 60,
+    per_kind: int = 6,
+) -> Path:
+    """Renders a category, unless the same one is there already.
+
+    An image depends on `seed`, `image_size` and its own number only, so asking for
+    more images keeps those that fewer would give.
+
+    Args:
+        root: the folder of categories; made if it is missing.
+        category: the category's name, which becomes its folder's.
+        seed: draws the tray's design, its rules and the images.
+        image_size: of the images in pixels: a square's side, or (height, width).
+        train: number of normal training images.
+        validation: number of normal validation images.
+        good: number of normal test images.
+        per_kind: number of test images of each kind of anomaly.
+
+    Returns:
+        The category's folder.
+
+    Raises:
+        UserError: the folder holds something else; a parameter makes no sense.
+    """
+    size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+    counts = {"train": train, "validation": validation, "good": good}
+    counts["per_kind"] = per_kind
+    _check(category, seed, size, counts)
+    parameters = {
+        "generator_version": GENERATOR_VERSION,
+        "seed": seed,
+        "image_size": list(size),
+        **counts,
+    }
+    root = Path(root)
+    target = root / category
+    if target.exists():
+        _check_same(target, parameters)
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{category}.") as scratch:
+        folder = Path(scratch) / category
+        _write(folder, seed, size, counts)
+        (folder / PARAMETERS).write_text(json.dumps(parameters, indent=2) + "\n")
+        try:
+            folder.rename(target)
+        except OSError:  # another process was faster
+            _check_same(target, parameters)
+    return target
+
+
+def _check(
+    category: str, seed: int, size: tuple[int, ...], counts: dict[str, int]
+) -> None:
+    if Path(category).name != category or category.startswith("."):
+        raise UserError(
+            f"Expected the category to be a folder's name, found {category!r}. Name "
+            "the folder around it with `root` (--output)."
+        )
+    if len(size) != 2 or min(size) < _SMALLEST or max(size) > 3 * min(size):
+        raise UserError(
+            f"Expected image_size as one side or as height and width, at least "
+            f"{_SMALLEST} pixels each and one at most 3 times the other, found "
+            f"{list(size)}. Choose other sizes."
+        )
+    values = {"seed": seed, **counts}
+    if min(values.values()) < 0 or counts["train"] < 1:
+        raise UserError(
+            "Expected at least one training image, and no negative seed or number of "
+            f"images, found {values}. Raise them."
+        )
+
+
+def _check_same(target: Path, parameters: dict) -> None:
+    """Raises unless `target` was written with these parameters."""
+    try:
+        found = json.loads((target / PARAMETERS).read_text())
+    except (OSError, ValueError):
+        found = None
+    if found != parameters:
+        raise UserError(
+            f"Expected {target} to be absent or a category written with {parameters}, "
+            f"found {'other files' if found is None else found}. Remove that folder, "
+            "or choose another category name."
+        )
+
+
+def _write(
+    folder: Path, seed: int, size: tuple[int, int], counts: dict[str, int]
+) -> None:
+    """Writes everything but the parameters' file."""
+    design = draw_design(seed, size=size)
+    rules = saturations(design, size)
+    values = {name: 255 - n for n, name in enumerate(rules)}
+    parts = (
+        (TRAIN, GOOD, counts["train"]),
+        (VALIDATION, GOOD, counts["validation"]),
+        (TEST, GOOD, counts["good"]),
+        (TEST, _LOGICAL, counts["per_kind"] * len(LOGICAL)),
+        (TEST, _STRUCTURAL, counts["per_kind"] * len(STRUCTURAL)),
+    )
+    for split, type_, _ in parts:
+        (folder / split / type_).mkdir(parents=True)
+    images = [(split, type_, i) for split, type_, n in parts for i in range(n)]
+    title = f"Drawing {folder.name}"
+    for split, type_, i in progress(images, title, total=len(images), announce=True):
+        sample = draw_sample(design, size, seed=seed, split=split, type=type_, i=i)
+        _save(folder / split / type_ / f"{i:03d}.png", sample.image)
+        channels = folder / "ground_truth" / type_ / f"{i:03d}"
+        for k, (defect, mask) in enumerate(sample.masks):
+            channels.mkdir(parents=True, exist_ok=True)
+            _save(channels / f"{k:03d}.png", mask * np.uint8(values[defect]))
+    config = [
+        {
+            "defect_name": name,
+            "pixel_value": values[name],
+            "saturation_threshold": threshold,
+            "relative_saturation": relative,
+        }
+        for name, (threshold, relative) in rules.items()
+    ]
+    (folder / "defects_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save(path: Path, pixels: UInt8[np.ndarray, "..."]) -> None:
+    # Noise hardly compresses, so little effort is spent on it.
+    Image.fromarray(pixels).save(path, compress_level=1)

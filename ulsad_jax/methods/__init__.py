@@ -1,0 +1,1 @@
+"""Methods that detect anomalies: each learns from normal images and gives maps."""

@@ -1,0 +1,1 @@
+"""ULSAD: networks, loss terms, and what checks them."""

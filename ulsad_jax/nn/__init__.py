@@ -1,0 +1,1 @@
+"""Layers of networks: what they compute, and how fast on which backend."""

@@ -1,0 +1,217 @@
+"""Layers with PyTorch's conventions, which the published networks rely on.
+
+Kernels are stored the way XLA convolves them, [kh, kw, in, out]; those of
+transposed convolutions are already flipped, so that both kinds are correlations
+(`ulsad_jax.trunks.torch_names` converts). Activations are NHWC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ulsad_jax.nn.convolution import convolve, convolve_transposed
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt8
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Weight of a new batch in the running statistics.
+MOMENTUM = 0.1
+
+Initializer = Callable[..., jax.Array]
+# nn.init.xavier_uniform_ with the gain of a leaky ReLU of slope 0.01.
+xavier_uniform = nn.initializers.variance_scaling(
+    2.0 / (1.0 + 0.01**2), "fan_avg", "uniform"
+)
+# PyTorch's default for convolutions: uniform within +-1 / sqrt(fan_in).
+torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+def normalize_image(
+    image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"],
+) -> Float[Array, "b h w 3"]:
+    """Standardises RGB by ImageNet's mean and deviation.
+
+    Args:
+        image: uint8 in 0..255, or float in 0..1.
+
+    Returns:
+        float32, whatever the input.
+    """
+    if image.dtype == jnp.uint8:
+        image = image.astype(jnp.float32) / 255.0
+    mean = jnp.asarray(IMAGENET_MEAN, jnp.float32)
+    return (image.astype(jnp.float32) - mean) / jnp.asarray(IMAGENET_STD, jnp.float32)
+
+
+def resize_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "n_out n_in"]:
+    """Bilinear resampling of one axis as a matrix, in float64.
+
+    Half-pixel centres, clamped at the edges, never antialiased: what PyTorch's
+    `interpolate(mode="bilinear", align_corners=False)` does.
+    """
+    position = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    position = np.clip(position, 0, n_in - 1)
+    low = np.floor(position).astype(int)
+    high = np.minimum(low + 1, n_in - 1)
+    matrix = np.zeros((n_out, n_in))
+    rows = np.arange(n_out)
+    matrix[rows, low] += 1 - (position - low)
+    matrix[rows, high] += position - low
+    return matrix
+
+
+def resize(
+    x: Float[Array, "b h w c"], size: tuple[int, int]
+) -> Float[Array, "b height width c"]:
+    """Resizes to (height, width) bilinearly; see `resize_matrix`."""
+    for axis, n_out in zip((1, 2), size, strict=True):
+        n_in = x.shape[axis]
+        if n_in != n_out:
+            matrix = jnp.asarray(resize_matrix(n_in, n_out), x.dtype)
+            x = jnp.moveaxis(
+                jnp.tensordot(matrix, x, (1, axis), precision="highest"), 0, axis
+            )
+    return x
+
+
+class Conv(nn.Module):
+    """2-D convolution.
+
+    Attributes:
+        features: output channels.
+        kernel_size: (height, width).
+        stride: of both axes.
+        padding: zeros on each side of both axes.
+        use_bias: adds a bias, drawn from PyTorch's default.
+        kernel_init: draws the kernel.
+        dtype: computation type; parameters are float32.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    stride: int = 1
+    padding: int = 0
+    use_bias: bool = True
+    kernel_init: Initializer = torch_uniform
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow features"]:
+        """Convolves."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        y = convolve(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            stride=self.stride,
+            padding=self.padding,
+        )
+        if self.use_bias:
+            y = y + _bias(self, math.prod(shape[:3])).astype(self.dtype)
+        return y
+
+
+class ConvTranspose(nn.Module):
+    """2-D transposed convolution (PyTorch's `ConvTranspose2d`).
+
+    The output has (n - 1) * stride - 2 * padding + kernel_size rows and columns.
+    Attributes are those of `Conv`, with a square kernel and always a bias.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int
+    padding: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow features"]:
+        """Convolves the input, spread out by the stride."""
+        k = self.kernel_size
+        # A name of its own: PyTorch lays these kernels out differently.
+        kernel = self.param(
+            "transposed_kernel", xavier_uniform, (k, k, x.shape[-1], self.features)
+        )
+        y = convolve_transposed(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            stride=self.stride,
+            padding=self.padding,
+        )
+        # PyTorch reads the fan-in off the second axis of its (in, out, kh, kw).
+        return y + _bias(self, self.features * k * k).astype(self.dtype)
+
+
+def _bias(layer: Conv | ConvTranspose, fan_in: int) -> Float[Array, " features"]:
+    """A bias drawn uniformly from +-1 / sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key, shape):
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+    return layer.param("bias", init, (layer.features,))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation with PyTorch's running statistics.
+
+    A batch is normalised by its biased variance while the running variance collects
+    the unbiased one, n / (n - 1) larger; Flax's own layer stores the biased one.
+    Statistics are float32 whatever the input.
+
+    Attributes:
+        epsilon: added to the variance.
+        affine: scales and shifts by learned parameters.
+        axis_name: of the mapped axis (`jax.pmap`) over which the batch is spread.
+    """
+
+    epsilon: float = 1e-5
+    affine: bool = True
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool
+    ) -> Float[Array, "b h w c"]:
+        """Normalises, by the batch if `train`, else by the running statistics."""
+        channels = (x.shape[-1],)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels)
+        y = x.astype(jnp.float32)
+        if train:
+            mean = self._mean(y)
+            var = self._mean(jnp.square(y - mean))
+            if not self.is_initializing():
+                n = x.size // x.shape[-1] * self._shares()
+                m = MOMENTUM
+                # Not "+=", which writes into the caller's array where that is NumPy's.
+                old_mean, old_var = running_mean.value, running_var.value
+                running_mean.value = old_mean + m * (mean - old_mean)
+                running_var.value = old_var + m * (var * (n / (n - 1)) - old_var)
+        else:
+            mean, var = running_mean.value, running_var.value
+        scale = jax.lax.rsqrt(var + self.epsilon)
+        shift = 0.0
+        if self.affine:
+            scale = scale * self.param("scale", nn.initializers.ones, channels)
+            shift = self.param("bias", nn.initializers.zeros, channels)
+        return ((y - mean) * scale + shift).astype(x.dtype)
+
+    def _mean(self, y: Float[Array, "b h w c"]) -> Float[Array, " c"]:
+        mean = y.mean((0, 1, 2))
+        return mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name)
+
+    def _shares(self) -> int:
+        """How many equal parts the batch is in."""
+        return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)

@@ -1,0 +1,1 @@
+"""Runs: their config, training, evaluation and results."""

@@ -1,0 +1,1 @@
+"""From maps to one scale, thresholds, scores and decisions."""

@@ -1,0 +1,1 @@
+"""Frozen networks that features come from, and those features."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests import runs, trees
 from ulsad_jax.data import prepare as builder
 from ulsad_jax.data import records
 from ulsad_jax.methods.ulsad import losses
+from ulsad_jax.report import run_files
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import results
 from ulsad_jax.runs import run as experiment
@@ -97,7 +99,10 @@ def test_synthetic_category_that_is_no_name(tmp_path, category):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """A run on images of every kind and name, with hidden files among them."""
+    """A run on images of every kind and name, with hidden files among them.
+
+    Three normal test images have one stem.
+    """
     root = tmp_path_factory.mktemp("odd") / "my images"
     trees.write_folder(root, train=4, test={"good": 2, "dent": 2, "sp <i>": 1})
     rng = np.random.default_rng(0)
@@ -108,6 +113,8 @@ def odd(tmp_path_factory):
     write_pixels(train / "rgba.png", colour, "RGBA")
     write_pixels(train / "palette.png", colour, "P")
     write_pixels(train / "16 bit.png", grey.astype(np.uint16) * 257)
+    trees.write_image(root / "test" / "good" / "000.jpg")
+    trees.write_image(root / "test" / "OK" / "000.png")
     for name in NAMES:
         trees.write_image(root / "test" / "dent" / f"{name}.png")
         trees.write_mask(root / "ground_truth" / "dent" / f"{name}_mask.png")
@@ -116,7 +123,8 @@ def odd(tmp_path_factory):
         for name in (".DS_Store", "Thumbs.db", "._000.png"):
             (root / sub / name).write_text("no image")
     workdir = root.parent / "run"
-    config = make_folder_config(root, **{"evaluation.pictures_per_type": -1})
+    fields = {"evaluation.pictures_per_type": -1, "evaluation.write_maps": True}
+    config = make_folder_config(root, **fields)
     return workdir, runs.train(config, workdir)
 
 
@@ -134,8 +142,21 @@ def test_pictures_stay_in_their_folder(odd):
     kinds = {results.file_name(kind) for kind in ("good", "dent", "sp <i>")}
     assert {f.name for f in pictures.iterdir()} == kinds
     found = sorted(pictures.rglob("*.png"))
-    assert len(found) == 2 + 2 + 1 + len(NAMES)
+    assert len(found) == 4 + 2 + 1 + len(NAMES)
     assert all(len(p.relative_to(pictures).parts) == 2 for p in found)
+
+
+def test_images_of_one_stem_stay_apart(odd):
+    workdir, _ = odd
+    (category,) = run_files.read(workdir).categories
+    names = {scored.name for scored in category.scores if scored.type == "good"}
+    stems = ("001", "good/000.jpg", "good/000.png", "OK/000")
+    assert names == {f"good/{stem}" for stem in stems}
+    pictures = {scored.picture for scored in category.scores}
+    assert len(pictures) == len(category.scores)
+    assert all(picture.is_file() for picture in pictures)
+    maps = list((workdir / "maps").rglob("*.tiff"))
+    assert len(maps) == len(category.scores)
 
 
 def test_image_without_a_mask_counts_for_image_metrics(odd):
@@ -189,6 +210,18 @@ def test_undefined_metrics_are_said_in_the_run_s_own_words(tmp_path, capsys, rec
     assert "[sound] AUROC is undefined" in capsys.readouterr().out
     assert not [w for w in recwarn if "undefined" in str(w.message)]
     assert runs.read_results(tmp_path / "run")["mean"]["image_auroc"] is None
+
+
+def test_files_that_are_not_used_are_named_in_every_run(tmp_path, capsys):
+    root = trees.write_folder(tmp_path / "caps", test={"good": 1, "dent": 1})
+    trees.write_images(root / "train" / "good" / "monday", 2)
+    said = r"\[caps\] 2 files not used: .* train/good/monday/000\.png, .*001\.png\n"
+    for _ in range(2):
+        experiment.open_data(make_folder_config(root), "caps")
+        assert re.search(said, capsys.readouterr().out)
+    shutil.rmtree(root / "train" / "good" / "monday")
+    experiment.open_data(make_folder_config(root), "caps")
+    assert "not used" not in capsys.readouterr().out
 
 
 # Configs

@@ -64,6 +64,12 @@ def test_unknown_category_lists_those_found(tmp_path):
         layouts.find_records("mvtec_ad", tmp_path, "bottle")
 
 
+def test_a_category_may_have_test_images_alone(tmp_path):
+    trees.write_mvtec_ad(tmp_path, "cable")
+    shutil.rmtree(tmp_path / "cable/train")
+    assert layouts.find_categories("mvtec_ad", tmp_path) == ["cable"]
+
+
 def test_records_are_checked(tmp_path):
     trees.write_mvtec_ad(tmp_path)
     trees.write_images(tmp_path / "bottle" / "train" / "broken", 1)
@@ -406,6 +412,91 @@ def test_folder_given_by_a_relative_path(tmp_path, monkeypatch):
     assert layouts.find_categories("folder", Path(".")) == ["caps"]
 
 
+# Which folders of a user's hold normal images.
+
+
+@pytest.mark.parametrize("normal", ["good", "OK", "Normal"])
+def test_folder_of_defects_beside_normal_images(tmp_path, normal):
+    root = trees.write_folder(tmp_path / "caps", normal=normal, test={"good": 1})
+    trees.write_images(root / "train/bad", 2)
+    trees.write_images(root / "train/day 2", 2)
+    message = (
+        rf"train, found bad, day 2 beside {normal}\. Move .*test/.*train/{normal}/"
+    )
+    with pytest.raises(UserError, match=message):
+        layouts.find_records("folder", root, "caps")
+
+
+def test_folder_with_several_normal_names(tmp_path):
+    root = trees.write_folder(tmp_path / "caps", test={"good": 2, "bad": 1})
+    trees.write_images(root / "train/OK", 2)
+    (root / "train/bad").mkdir()  # holds nothing to train on
+    found = layouts.find_records("folder", root, "caps")
+    assert counts(found) == {(TRAIN, GOOD): 6, (TEST, GOOD): 2, (TEST, "bad"): 1}
+
+
+@pytest.mark.parametrize("first", ["train/ok_front", "train"])
+def test_folder_whose_names_do_not_tell_what_is_normal(tmp_path, first):
+    root = tmp_path / "caps"
+    trees.write_images(root / first, 3)
+    trees.write_images(root / "train/Def_Front", 2)
+    trees.write_images(root / "test/ok_front", 2)
+    trees.write_images(root / "test/def_front", 2)
+    with pytest.raises(UserError, match=r"Def_Front.* in test/, too.*call.*good"):
+        layouts.find_records("folder", root, "caps")
+    (root / "train/Def_Front").rename(tmp_path / "elsewhere")
+    (root / "test/ok_front").rename(root / "test/good")
+    found = layouts.find_records("folder", root, "caps")
+    assert counts(found) == {(TRAIN, GOOD): 3, (TEST, GOOD): 2, (TEST, "def_front"): 2}
+
+
+def test_folder_of_several_days(tmp_path):
+    root = trees.write_folder(
+        tmp_path / "caps", normal="day1", validation=2, test={"good": 2, "cut": 1}
+    )
+    trees.write_images(root / "train/day2", 4)
+    found = layouts.find_records("folder", root, "caps")
+    assert counts(found) == {
+        (TRAIN, GOOD): 8,
+        (VALIDATION, GOOD): 2,
+        (TEST, GOOD): 2,
+        (TEST, "cut"): 1,
+    }
+    names = set(by_name(found, TRAIN))
+    assert names == {f"good/day{k}/{i:03}" for k in (1, 2) for i in range(4)}
+
+
+def test_folder_val_is_validation(tmp_path):
+    root = trees.write_folder(tmp_path / "caps")
+    trees.write_images(root / "val/ok", 2)
+    trees.write_images(root / "val", 1)
+    found = layouts.find_records("folder", root, "caps")
+    assert counts(found)[VALIDATION, GOOD] == 3
+    trees.write_images(root / "validation/good", 2)
+    with pytest.raises(UserError, match=r"one folder of validation .*validation and"):
+        layouts.find_records("folder", root, "caps")
+
+
+def test_folder_of_junk_is_no_type(tmp_path):
+    root = trees.write_folder(tmp_path / "caps", test={"good": 2, "cut": 1})
+    for name in ("__MACOSX", "$RECYCLE.BIN", "@eaDir", ".ipynb_checkpoints"):
+        trees.write_images(root / "test" / name, 1)
+        trees.write_images(root / "train" / name, 1)
+    (root / "train/good/export.png").mkdir()
+    found = layouts.find_records("folder", root, "caps")
+    assert counts(found) == {(TRAIN, GOOD): 4, (TEST, GOOD): 2, (TEST, "cut"): 1}
+
+
+def test_folder_one_mask_of_two_images(tmp_path):
+    root = trees.write_folder(tmp_path / "caps", test={"cut": 2})
+    trees.write_image(root / "test/cut/000.jpg")
+    with pytest.raises(UserError, match=r"000_mask.*found two: .*jpg and .*png"):
+        layouts.find_records("folder", root, "caps")
+    (root / "ground_truth/cut/000_mask.png").unlink()
+    found = by_name(layouts.find_records("folder", root, "caps"))
+    assert set(found) == {"cut/000.jpg", "cut/000.png", "cut/001"}
+
+
 # A user's table.
 
 
@@ -481,11 +572,19 @@ def test_table_that_is_malformed(tmp_path, text, message):
         layouts.find_records("table", path, "t")
 
 
-def test_table_with_one_name_twice(tmp_path):
+def test_table_with_one_stem_twice(tmp_path):
     path = trees.write_table(tmp_path / "t.csv")
     trees.write_image(tmp_path / "more/000.png")
-    trees.write_csv(path, [*trees.read_csv(path), ["more/000.png", "train", "0"]])
-    with pytest.raises(UserError, match=r"one image named 'good/000' .*more.000.png"):
+    rows = [*trees.read_csv(path), ["more/000.png", "train", "0"]]
+    trees.write_csv(path, rows)
+    names = set(by_name(layouts.find_records("table", path, "t"), TRAIN))
+    assert names == {
+        "good/images/000",
+        "good/more/000",
+        *(f"good/{i:03}" for i in (1, 2, 3)),
+    }
+    trees.write_csv(path, [*rows, ["more/000.png", "train", "0"]])
+    with pytest.raises(UserError, match=r"found two: .*more.000.png.*list it once"):
         layouts.find_records("table", path, "t")
 
 

@@ -228,11 +228,38 @@ def test_check_anomalous_outside_the_test_split(split):
         check(records, ROOT)
 
 
-def test_check_one_name_twice():
-    records = [Record(ROOT / "1.png", TRAIN), Record(ROOT / "1.jpg", TRAIN)]
-    with pytest.raises(UserError, match=r"'good/1' .*1.png and .*1.jpg"):
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/1.png", "a/2.png"], ["1", "2"]),
+        (["a/1.png", "b/1.png", "b/2.png"], ["a/1", "b/1", "2"]),
+        (["1.png", "a/1.png"], ["1", "a/1"]),
+        (["a/1.png", "a/1.jpg", "a/2.png"], ["1.png", "1.jpg", "2"]),
+        (["x/a/1.png", "x/a/1.jpg", "x/b/1.bmp"], ["a/1.png", "a/1.jpg", "b/1"]),
+        (["x/a/y/1.png", "x/b/y/1.png"], ["a/y/1", "b/y/1"]),
+    ],
+)
+def test_check_tells_images_of_one_stem_apart(paths, names):
+    """Other images keep their names, in other splits and types, too."""
+    twins = [Record(ROOT / path, TRAIN) for path in paths]
+    others = [Record(ROOT / "1.png", TEST), Record(ROOT / "a/1.png", TEST, "cut")]
+    found = check([*twins, *others], ROOT)
+    assert {r.image: r.name for r in found if r.split == TRAIN} == {
+        ROOT / path: f"good/{name}" for path, name in zip(paths, names, strict=True)
+    }
+    assert [r.name for r in found if r.split == TEST] == ["good/1", "cut/1"]
+
+
+def test_check_one_image_twice():
+    records = [Record(ROOT / "1.png", TRAIN), Record(ROOT / "1.png", TRAIN)]
+    with pytest.raises(UserError, match=r"'good/1.png' .*1.png and .*1.png"):
         check(records, ROOT)
-    check([records[0], Record(ROOT / "1.jpg", TEST)], ROOT)
+
+
+def test_check_names_that_stay_the_same():
+    records = [Record(ROOT / x, TRAIN) for x in ("1.png", "1.jpg", "1.png.bmp")]
+    with pytest.raises(UserError, match=r"'good/1\.png' .*Rename one"):
+        check(records, ROOT)
 
 
 # fingerprint

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from ulsad_jax.data.layouts import describe_unused
 from ulsad_jax.data.prepare import RecordsBuilder, find_builder
 from ulsad_jax.data.records import (
     SPLITS,
@@ -173,6 +174,7 @@ class Category:
         test: normal and anomalous images; may be empty.
         fingerprint: changes whenever a source file does.
         survey: what was noticed of the files when they were prepared.
+        unused: remarks on files that are not used.
     """
 
     train: Examples
@@ -180,6 +182,12 @@ class Category:
     test: Examples
     fingerprint: str
     survey: Survey
+    unused: list[str]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on the files that every run repeats."""
+        return [*self.unused, *self.survey.remarks]
 
 
 def open_category(
@@ -231,6 +239,7 @@ def open_category(
         test=_examples(builder, parts[TEST], image_size),
         fingerprint=builder.fingerprint,
         survey=builder.read_survey(),
+        unused=describe_unused(name, builder.root, category, builder.records),
     )
 
 

@@ -1,9 +1,9 @@
 """What a data set is before it is read: one record an image.
 
-A layout module (`mvtec_ad`, `mvtec_loco`, ...) turns a folder into records with two
-functions, `categories(root)` and `records(root, category)`. It looks at names and
-small text files only; images and masks are opened by `read_image` and `read_mask`
-when the data set is built.
+A layout module (`mvtec_ad`, `mvtec_loco`, ...) turns a folder into records with
+`categories(root)` and `records(root, category)`, and says with `places(root,
+category)` where it looked. It looks at names and small text files only; images and
+masks are opened by `read_image` and `read_mask` when the data set is built.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,8 @@ class Record:
             one whose mask is not known.
         group: images of one object share it, and no split parts a group. Empty: the
             image is an object of its own.
+        alias: what it is called where other images have its file's stem, see
+            `tell_apart`; may hold "/". Empty: it is called by the stem.
     """
 
     image: Path
@@ -83,6 +85,7 @@ class Record:
     type: str = GOOD
     masks: tuple[Mask, ...] = ()
     group: str = ""
+    alias: str = ""
 
     @property
     def label(self) -> int:
@@ -90,24 +93,31 @@ class Record:
         return NORMAL if self.type == GOOD else ANOMALOUS
 
     @property
+    def stem(self) -> str:
+        """Unique within a split's type: the file's stem, or `alias`."""
+        return self.alias or self.image.stem
+
+    @property
     def name(self) -> str:
         """Unique within a split: "<type>/<stem>"."""
-        return f"{self.type}/{self.image.stem}"
+        return f"{self.type}/{self.stem}"
 
 
 def check(records: Sequence[Record], where: Path) -> list[Record]:
     """Refuses records that clash, or none.
 
     Returns:
-        The records in a fixed order: by split, normal before anomalous, by name.
+        The records, told apart, in a fixed order: by split, normal before anomalous,
+        by name.
 
     Raises:
-        UserError: no image; an anomalous image to be trained on; two images of one
-            name in a split; a name that is not UTF-8.
+        UserError: no image; an anomalous image to be trained on; one image twice
+            in a split; a name that is not UTF-8.
     """
     if not records:
         raise no_images("images", where)
     seen: dict[tuple[str, str], Record] = {}
+    records = tell_apart(records)
     for record in records:
         if record.label == ANOMALOUS and record.split != TEST:
             raise UserError(
@@ -119,9 +129,32 @@ def check(records: Sequence[Record], where: Path) -> list[Record]:
         if twin is not record:
             raise UserError(
                 f"Expected one image named {record.name!r} in the {record.split} "
-                f"split, found two: {twin.image} and {record.image}. Rename one."
+                f"split, found two: {twin.image} and {record.image}. Rename one, or "
+                "list it once."
             )
     return sorted(records, key=lambda r: (SPLITS.index(r.split), r.label, r.name))
+
+
+def tell_apart(records: Iterable[Record]) -> list[Record]:
+    """Gives images that would have one name in a split names by their paths.
+
+    The paths begin where they part, "day1/000" and "day2/000"; files of one folder
+    keep their endings, "000.jpg" and "000.png". Other images keep their names.
+    """
+    records = list(records)
+    twins = defaultdict(list)
+    for i, record in enumerate(records):
+        twins[record.split, record.name].append(i)
+    for rows in twins.values():
+        images = [records[i].image for i in rows]
+        if len(images) > 1:
+            common = os.path.commonpath([image.parent for image in images])
+            folders = Counter(image.parent for image in images)
+            for i, image in zip(rows, images, strict=True):
+                alone = folders[image.parent] == 1
+                path = (image.with_suffix("") if alone else image).relative_to(common)
+                records[i] = dataclasses.replace(records[i], alias=path.as_posix())
+    return records
 
 
 def no_images(what: str, where: Path) -> UserError:
@@ -204,85 +237,6 @@ def hold_out(
         count += len(groups[names[i]])
     kept = [r for r in records if (r.group or r.name) not in held]
     return kept, [r for r in records if (r.group or r.name) in held]
-
-
-def list_images(folder: Path) -> list[Path]:
-    """The image files directly in `folder`, sorted; [] where there is no folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-
-
-def list_folders(folder: Path) -> list[Path]:
-    """The folders directly in `folder`, sorted; [] where there is no folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(".")
-    )
-
-
-def list_categories(root: Path) -> list[str]:
-    """Returns the folders of `root` that hold `train/` or `test/`."""
-    splits = TRAIN, TEST
-    return [f.name for f in list_folders(root) if any((f / s).is_dir() for s in splits)]
-
-
-def list_records(folder: Path, *, normal: Collection[str] = (GOOD,)) -> list[Record]:
-    """The images of `folder/<split>/<type>/`, without masks.
-
-    Args:
-        folder: a category's folder.
-        normal: what folders of normal images are called, in lower case.
-    """
-    return [
-        Record(image, split, GOOD if sub.name.lower() in normal else sub.name)
-        for split in SPLITS
-        for sub in list_folders(folder / split)
-        for image in list_images(sub)
-    ]
-
-
-def add_masks(
-    records: Iterable[Record], ground_truth: Path, *, endings: Collection[str]
-) -> list[Record]:
-    """Gives anomalous records the mask `ground_truth/<type>/<stem><ending>.<any>`.
-
-    A record whose mask is not there stays without.
-
-    Raises:
-        UserError: several files could be the mask of one image.
-    """
-    folders: dict[Path, dict[str, list[Path]]] = {}
-    found = []
-    for record in records:
-        if record.label == ANOMALOUS:
-            folder = ground_truth / record.image.parent.name
-            if folder not in folders:
-                folders[folder] = _by_stem(list_images(folder))
-            stems = (record.image.stem + ending for ending in endings)
-            paths = [path for stem in stems for path in folders[folder].get(stem, ())]
-            if len(paths) > 1:
-                raise UserError(
-                    f"Expected one mask for {record.image}, found {len(paths)} in "
-                    f"{folder}: {', '.join(path.name for path in paths)}. Keep one."
-                )
-            record = dataclasses.replace(record, masks=tuple(map(Mask, paths)))
-        found.append(record)
-    return found
-
-
-def _by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    stems = defaultdict(list)
-    for path in paths:
-        stems[path.stem].append(path)
-    return stems
 
 
 def read_file(path: Path) -> bytes:

@@ -138,7 +138,8 @@ def _read_category(
 def _read_scores(folder: Path) -> Iterable[Scored]:
     with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            picture = f"{results.file_name(Path(row['image']).stem)}.png"
+            stem = row["name"].removeprefix(f"{row['type']}/")
+            picture = f"{results.file_name(stem)}.png"
             yield Scored(
                 name=row["name"],
                 type=row["type"],

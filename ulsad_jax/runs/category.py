@@ -228,7 +228,7 @@ class CategoryRun:
                 self._folder / PICTURES,
                 prediction,
                 truth,
-                [record.image.stem for record in test.records],
+                [record.stem for record in test.records],
                 weights,
                 limit=self._config.evaluation.pictures_per_type,
             )

@@ -165,7 +165,7 @@ def open_data(
                 "this data set's is not looked at",
                 flush=True,
             )
-        for remark in data.survey.remarks:
+        for remark in data.remarks:
             print(f"[{category}] {remark}", flush=True)
     return data
 

@@ -16,6 +16,7 @@ from ulsad_jax.data.layouts import (
     visa,
 )
 from ulsad_jax.data.records import Record, check
+from ulsad_jax.data.unused import find_remarks
 from ulsad_jax.runtime.errors import UserError
 
 LAYOUTS: dict[str, ModuleType] = {
@@ -96,3 +97,18 @@ def find_records(name: str, root: Path, category: str) -> list[Record]:
     """
     select_categories(name, root, [category])
     return check(LAYOUTS[name].records(root, category), root)
+
+
+def describe_unused(
+    name: str, root: Path, category: str, records: Sequence[Record]
+) -> list[str]:
+    """Returns a sentence for each reason why files of a category are not used.
+
+    Args:
+        name: a key of `LAYOUTS`.
+        root: the folder that the data set was unpacked to; for "table", a CSV file.
+        category: the category.
+        records: what `find_records` gave.
+    """
+    places = LAYOUTS[name].places(root, category)
+    return find_remarks(records, places) if places else []

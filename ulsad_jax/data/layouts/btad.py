@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ulsad_jax.data.records import Record, add_masks, list_categories, list_records
+from ulsad_jax.data.folders import add_masks, list_categories, list_records
+from ulsad_jax.data.records import Record
+from ulsad_jax.data.unused import GROUND_TRUTH, Places
 
 CATEGORIES = ("01", "02", "03")
 FOLDER = "BTech_Dataset_transformed"  # what the archive unpacks to
@@ -30,7 +32,19 @@ def records(root: Path, category: str) -> list[Record]:
     """
     folder = _inside(root) / category
     images = list_records(folder, normal=("ok",))
-    return add_masks(images, folder / "ground_truth", endings=("",))
+    return add_masks(images, folder / GROUND_TRUTH, endings=("",))
+
+
+def places(root: Path, category: str) -> Places:
+    """Returns where files of `category` are looked for."""
+    folder = _inside(root) / category
+    return Places(
+        folder,
+        [folder],
+        "images are read from train/ok/, validation/ok/ and test/<type>/ alone, "
+        "masks from ground_truth/<type>/",
+        masks=f"{GROUND_TRUTH}/{{type}}/{{stem}}",
+    )
 
 
 def _inside(root: Path) -> Path:

@@ -5,24 +5,17 @@
     test/<type>/*                                  if any
     ground_truth/<type>/<stem>[_mask].<ending>     masks, as far as they are known
 
-A type is normal if its folder is called as one in train/ is, or good, ok or normal.
+`val/` serves as `validation/`. A test type is normal if its folder is called good, ok
+or normal, or as the one folder in train/ that holds all training images.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ulsad_jax.data.records import (
-    GOOD,
-    TEST,
-    TRAIN,
-    VALIDATION,
-    Record,
-    add_masks,
-    list_folders,
-    list_images,
-    list_records,
-)
+from ulsad_jax.data.folders import add_masks, list_folders, list_images, list_split
+from ulsad_jax.data.records import GOOD, TEST, TRAIN, VALIDATION, Record
+from ulsad_jax.data.unused import GROUND_TRUTH, Places
 from ulsad_jax.runtime.errors import UserError
 
 NORMAL_NAMES = (GOOD, "ok", "normal")
@@ -37,8 +30,9 @@ def records(root: Path, category: str) -> list[Record]:
     """One record an image.
 
     Raises:
-        UserError: test images outside a type's folder; several files could be the
-            mask of one image.
+        UserError: test images outside a type's folder; folders that may hold defects
+            in train/; two folders of validation images; several files could be the
+            mask of one image, or one that of several.
     """
     if stray := list_images(root / TEST):
         raise UserError(
@@ -46,11 +40,67 @@ def records(root: Path, category: str) -> list[Record]:
             f"(of {len(stray)}) outside such a folder. Move normal images to "
             f"{TEST}/{GOOD}/ and the others to a folder named for their kind."
         )
-    normal = {f.name.lower() for f in list_folders(root / TRAIN)} | {*NORMAL_NAMES}
-    direct = [
-        Record(image, split)
-        for split in (TRAIN, VALIDATION)
-        for image in list_images(root / split)
+    train, validation = root / TRAIN, _find_validation(root)
+    trained = {folder.name.lower() for folder in list_folders(train)}
+    found = [
+        *(Record(image, TRAIN) for image in list_images(train)),
+        *list_split(train, TRAIN, normal=trained),
+        *(Record(image, VALIDATION) for image in list_images(validation)),
+        *list_split(validation, VALIDATION, normal={*trained, *NORMAL_NAMES}),
+        *list_split(root / TEST, TEST, normal=_find_normal_types(root)),
     ]
-    found = direct + list_records(root, normal=normal)
-    return add_masks(found, root / "ground_truth", endings=("", "_mask"))
+    return add_masks(found, root / GROUND_TRUTH, endings=("", "_mask"))
+
+
+def places(root: Path, category: str) -> Places:
+    """Returns where files of the folder are looked for."""
+    return Places(
+        root,
+        [root],
+        "images are read from train/, train/<name>/, validation/, validation/good/ "
+        "and test/<type>/ alone, masks from ground_truth/<type>/",
+        masks=f"{GROUND_TRUTH}/{{type}}/{{stem}}[_mask]",
+    )
+
+
+def _find_validation(root: Path) -> Path:
+    """Returns the folder of validation images, which need not exist."""
+    folder, short = root / VALIDATION, root / "val"
+    if not short.is_dir():
+        return folder
+    if folder.is_dir():
+        raise UserError(
+            f"Expected one folder of validation images, found {folder} and {short}. "
+            "Move the images of one to the other."
+        )
+    return short
+
+
+def _find_normal_types(root: Path) -> set[str]:
+    """Returns what folders of normal images in test/ are called, in lower case.
+
+    Raises:
+        UserError: train/ has another folder beside good, ok or normal; or several, of
+            which test/ has one, too, so that nothing tells whether it holds defects.
+    """
+    train = root / TRAIN
+    folders = [f.name for f in list_folders(train) if list_images(f)]
+    others = [name for name in folders if name.lower() not in NORMAL_NAMES]
+    if len(folders) == 1 and not list_images(train):
+        return {folders[0].lower(), *NORMAL_NAMES}
+    if others and others != folders:
+        named = ", ".join(name for name in folders if name not in others)
+        raise UserError(
+            f"Expected only normal images in {train}, found {', '.join(others)} beside "
+            f"{named}. Move images of defects to {TEST}/<kind of defect>/, and normal "
+            f"ones into {TRAIN}/{named.split(', ')[0]}/."
+        )
+    tested = {f.name.lower() for f in list_folders(root / TEST) if list_images(f)}
+    if shared := [name for name in others if name.lower() in tested]:
+        raise UserError(
+            f"Expected only normal images in {train}, found {', '.join(folders)} there "
+            f"and {', '.join(shared)} in {TEST}/, too, which does not tell what is "
+            f"normal. Move images of defects out of {TRAIN}/, and call folders of "
+            f"normal images in {TEST}/ {GOOD}."
+        )
+    return {*NORMAL_NAMES}

@@ -15,16 +15,9 @@ import dataclasses
 import re
 from pathlib import Path
 
-from ulsad_jax.data.records import (
-    GOOD,
-    TEST,
-    TRAIN,
-    Mask,
-    Record,
-    hold_out,
-    list_folders,
-    list_images,
-)
+from ulsad_jax.data.folders import list_folders, list_images
+from ulsad_jax.data.records import GOOD, TEST, TRAIN, Mask, Record, hold_out
+from ulsad_jax.data.unused import Places
 from ulsad_jax.runtime.errors import UserError
 
 CATEGORIES = ("magnetic_tile",)
@@ -63,7 +56,7 @@ def records(root: Path, category: str) -> list[Record]:
     normal: list[Record] = []
     defects: list[Record] = []
     for kind, folder in _type_folders(root).items():
-        images = [p for p in list_images(folder) if p.suffix.lower() == ".jpg"]
+        images = _photographs(folder)
         if kind == GOOD:
             normal = _group_by_tile(images)
         else:
@@ -72,6 +65,22 @@ def records(root: Path, category: str) -> list[Record]:
         return defects
     kept, held = hold_out(normal, fraction=TEST_FRACTION, seed=SEED)
     return kept + [dataclasses.replace(r, split=TEST) for r in held] + defects
+
+
+def places(root: Path, category: str) -> Places:
+    """Returns where files of the data set are looked for."""
+    folders = _type_folders(root)
+    normal = _photographs(folders[GOOD]) if GOOD in folders else []
+    return Places(
+        root,
+        [folder.parent for folder in folders.values()],
+        "MT_<type>/Imgs/<name>.jpg is read, and its mask <name>.png beside it",
+        known=[image.with_suffix(".png") for image in normal],
+    )
+
+
+def _photographs(folder: Path) -> list[Path]:
+    return [p for p in list_images(folder) if p.suffix.lower() == ".jpg"]
 
 
 def _type_folders(root: Path) -> dict[str, Path]:

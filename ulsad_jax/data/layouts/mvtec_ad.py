@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ulsad_jax.data.records import Record, add_masks, list_categories, list_records
+from ulsad_jax.data.folders import add_masks, list_categories, list_records
+from ulsad_jax.data.records import Record
+from ulsad_jax.data.unused import GROUND_TRUTH, Places
 
 CATEGORIES = (
     "bottle",
@@ -50,4 +52,16 @@ def records(root: Path, category: str) -> list[Record]:
         UserError: several files could be the mask of one image.
     """
     folder = root / category
-    return add_masks(list_records(folder), folder / "ground_truth", endings=("_mask",))
+    return add_masks(list_records(folder), folder / GROUND_TRUTH, endings=("_mask",))
+
+
+def places(root: Path, category: str) -> Places:
+    """Returns where files of `category` are looked for."""
+    folder = root / category
+    return Places(
+        folder,
+        [folder],
+        "images are read from train/good/, validation/good/ and test/<type>/ alone, "
+        "masks from ground_truth/<type>/",
+        masks=f"{GROUND_TRUTH}/{{type}}/{{stem}}_mask",
+    )

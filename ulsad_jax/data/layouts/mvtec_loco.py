@@ -16,15 +16,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ulsad_jax.data.records import (
-    ANOMALOUS,
-    Mask,
-    Record,
-    Saturation,
+from ulsad_jax.data.folders import (
+    check_masks,
     list_categories,
     list_images,
     list_records,
 )
+from ulsad_jax.data.records import ANOMALOUS, Mask, Record, Saturation
+from ulsad_jax.data.unused import GROUND_TRUTH, Places
 from ulsad_jax.runtime.errors import UserError
 
 CATEGORIES = (
@@ -51,18 +50,31 @@ def records(root: Path, category: str) -> list[Record]:
     """One record an image of `category`.
 
     Raises:
-        UserError: `defects_config.json` is missing or malformed.
+        UserError: `defects_config.json` is missing or malformed; several images
+            could have one mask.
     """
     folder = root / category
     saturations = _read_saturations(folder / "defects_config.json")
     found = []
     for record in list_records(folder):
         if record.label == ANOMALOUS:
-            channels = folder / "ground_truth" / record.type / record.image.stem
+            channels = folder / GROUND_TRUTH / record.type / record.image.stem
             masks = [Mask(p, saturations=saturations) for p in list_images(channels)]
             record = dataclasses.replace(record, masks=tuple(masks))
         found.append(record)
-    return found
+    return check_masks(found)
+
+
+def places(root: Path, category: str) -> Places:
+    """Returns where files of `category` are looked for."""
+    folder = root / category
+    return Places(
+        folder,
+        [folder],
+        "images are read from train/good/, validation/good/ and test/<type>/ alone, "
+        "masks from ground_truth/<type>/<stem>/",
+        masks=f"{GROUND_TRUTH}/{{type}}/{{stem}}/<channel>",
+    )
 
 
 def _read_saturations(path: Path) -> dict[int, Saturation]:

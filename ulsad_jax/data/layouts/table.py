@@ -25,3 +25,7 @@ def records(root: Path, category: str) -> list[Record]:
     """
     rows = csv_rows.read_rows(root, csv_rows.COLUMNS)
     return [csv_rows.to_record(row, root.parent) for row in rows]
+
+
+def places(root: Path, category: str) -> None:
+    """Returns None: no folder is the table's own."""

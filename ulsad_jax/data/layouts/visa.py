@@ -13,7 +13,9 @@ from pathlib import Path
 
 from ulsad_jax.data.layouts import csv_rows
 from ulsad_jax.data.records import Record
+from ulsad_jax.data.unused import Places
 
+TABLE = Path("split_csv", "1cls.csv")
 CATEGORIES = (
     "candle",
     "capsules",
@@ -49,7 +51,11 @@ def records(root: Path, category: str) -> list[Record]:
     return [csv_rows.to_record(row, root) for row in rows]
 
 
+def places(root: Path, category: str) -> Places:
+    """Returns where files of `category` are looked for."""
+    folder = root / category / "Data"
+    return Places(root, [folder], f"{TABLE} does not list such files")
+
+
 def _rows(root: Path) -> list[csv_rows.Row]:
-    return csv_rows.read_rows(
-        root / "split_csv" / "1cls.csv", ("object", *csv_rows.COLUMNS)
-    )
+    return csv_rows.read_rows(root / TABLE, ("object", *csv_rows.COLUMNS))

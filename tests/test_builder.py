@@ -387,6 +387,35 @@ def test_an_anomalous_image_may_have_no_mask(tmp_path, cache):
     assert len(example["masks"]["mask"]) == 0
 
 
+def test_masks_that_cannot_be_right(tmp_path, cache):
+    """An empty one tells nothing; a full one counts; both are remembered."""
+    root = trees.write_folder(tmp_path / "mine", test={"good": 1, "dent": 4})
+    masks = root / "ground_truth" / "dent"
+    Image.new("L", trees.SIZE[::-1], "black").save(masks / "000_mask.png")
+    Image.new("L", trees.SIZE[::-1], "white").save(masks / "001_mask.png")
+    (masks / "002_mask.png").unlink()
+    Image.new("RGB", trees.SIZE[::-1], "black").save(masks / "002_mask.jpg")
+    for _ in range(2):  # prepares it, finds it prepared
+        builder = build("folder", root, None, cache)
+        examples = list(builder.as_data_source("test"))
+        assert [e["has_mask"] for e in examples] == [True, False, True, False, True]
+        assert [len(e["masks"]["mask"]) for e in examples] == [0, 0, 1, 0, 1]
+        assert examples[2]["masks"]["mask"][0].all()
+        empty, full = sorted(builder.read_survey().remarks, reverse=True)
+        assert empty.startswith("2 files have a mask without any defective pixel")
+        assert "dent/000.png" in empty
+        assert "dent/002.png" in empty
+        assert full.startswith("1 file have a mask that covers the whole image")
+        assert full.endswith("dent/001.png")
+
+
+def test_an_empty_channel_of_mvtec_loco_is_refused(loco, cache):
+    path = loco / "pushpins" / "ground_truth" / "logical_anomalies" / "000" / "001.png"
+    trees.write_mask(path, value=0)
+    with pytest.raises(UserError, match=r"logical_anomalies/000/001\.png.*values \[\]"):
+        read_loco(loco, cache)
+
+
 def test_groups_are_stored(tmp_path, cache):
     root = trees.write_magnetic_tile(tmp_path / "tiles")
     builder = build("magnetic_tile", root, "magnetic_tile", cache)

@@ -6,11 +6,13 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from tests import runs, trees
 from tests.goldens import weights
 from ulsad_jax.metrics.image import UndefinedMetricWarning
+from ulsad_jax.report import figures
 from ulsad_jax.runs import evaluation
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runtime.errors import UserError
@@ -266,6 +268,67 @@ def test_no_masks(finished, data, tmp_path):
     for name in ("image_auroc", "image_average_precision", "image_f1_max"):
         assert metrics[name] == expected[name] is not None
     assert "leave out 4 anomalous images" in printed
+
+
+def evaluate_masks(finished, data, folder, write):
+    """Evaluates the finished run with masks that `write(mask, path)` saved anew."""
+    run = runs.copy(finished, folder)
+    root = shutil.copytree(data, folder / "other")
+    for path in (root / "bottle" / "ground_truth").rglob("*.png"):
+        with Image.open(path) as mask:
+            mask.load()
+        path.unlink()
+        write(mask, path)
+    printed = experiment.evaluate(run.workdir, root=str(root))
+    return run._replace(printed=printed), root
+
+
+@pytest.mark.parametrize(
+    ("ending", "quality"), [(".jpg", 50), (".jpg", 95), (".webp", 80)]
+)
+def test_masks_with_loss(finished, data, tmp_path, ending, quality):
+    def write(mask, path):
+        mask.save(path.with_suffix(ending), quality=quality)
+
+    run, _ = evaluate_masks(finished, data, tmp_path, write)
+    metrics = runs.read_results(run.workdir, "bottle")["metrics"]
+    assert metrics == runs.read_results(finished.workdir, "bottle")["metrics"]
+
+
+def test_empty_masks_are_left_out_and_said_in_every_run(
+    finished, data, tmp_path, capsys
+):
+    """Whether a mask is empty or is not there, metrics are the same."""
+
+    def empty(mask, path):
+        broken = path.match("broken/*")
+        (Image.new("L", mask.size) if broken else mask).save(path)
+
+    def leave_out(mask, path):
+        if not path.match("broken/*"):
+            mask.save(path)
+
+    run, root = evaluate_masks(finished, data, tmp_path / "empty", empty)
+    said = [capsys.readouterr().out]
+    again = experiment.evaluate(run.workdir, root=str(root))
+    said.append(capsys.readouterr().out)
+    remark = "[bottle] 2 files have a mask without any defective pixel"
+    first = root / "bottle" / "test" / "broken" / "000.png"
+    for text in said:
+        assert text.count(remark) == text.count(f": {first}, ") == 1
+    for table in (run.printed, again):
+        assert "leave out 2 anomalous images without a mask or with an" in table
+    missing, _ = evaluate_masks(finished, data, tmp_path / "missing", leave_out)
+    metrics, expected = (
+        runs.read_results(r.workdir, "bottle")["metrics"] for r in (run, missing)
+    )
+    assert metrics == expected
+    assert metrics["pixel_images_left_out"] == 2
+    pictures = run.workdir / "bottle" / "pictures"
+    for kind, known in (("broken", False), ("scratch", True)):
+        (path,) = (pictures / kind).glob("*.png")
+        panel = np.asarray(Image.open(path))[:, 68:132]
+        assert (panel == figures.UNKNOWN).all() != known
 
 
 def test_folder_without_test_images(tmp_path):

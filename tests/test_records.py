@@ -129,6 +129,124 @@ def test_read_mask_of_any_mode(tmp_path, mode):
         np.testing.assert_array_equal(found, pixels > 0)
 
 
+DRAWN = np.zeros((96, 80), bool)
+DRAWN[60:74, 30:44] = True  # not on the blocks of JPEG and WebP
+
+
+def read_saved(image, path, **options):
+    image.save(path, **options)
+    return read_mask(Mask(path), size=image.size[::-1])[0]
+
+
+def draw(value, mode="L"):
+    return Image.fromarray(DRAWN * np.uint8(value)).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("quality", [50, 75, 95])
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [
+        ("jpg", {}),
+        ("tif", {"compression": "jpeg"}),
+        ("webp", {}),
+        ("webp", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}),
+    ],
+)
+def test_read_mask_with_loss(tmp_path, mode, quality, ending, options):
+    path = tmp_path / f"m.{ending}"
+    for value in (100, 255):
+        found = read_saved(draw(value, mode), path, quality=quality, **options)
+        assert (np.asarray(Image.open(path).convert("L")) > 0).sum() > found.sum()
+        np.testing.assert_array_equal(found, DRAWN)
+
+
+def test_read_dark_mask_with_loss(tmp_path):
+    found = read_saved(draw(1), tmp_path / "m.jpg", quality=95)
+    assert (found != DRAWN).sum() <= 10  # of 196 drawn ones
+
+
+def test_read_animated_mask_with_loss(tmp_path):
+    options = {"save_all": True, "append_images": [Image.new("RGB", (80, 96))]}
+    found = read_saved(draw(255, "RGB"), tmp_path / "m.webp", quality=80, **options)
+    np.testing.assert_array_equal(found, DRAWN)
+
+
+@pytest.mark.parametrize("quality", [10, 50, 62, 75, 90, 95, 100])
+@pytest.mark.parametrize("ending", ["jpg", "webp"])
+def test_read_black_and_white_masks_with_loss(tmp_path, ending, quality):
+    path = tmp_path / f"m.{ending}"
+    for mode in ("L", "RGB"):
+        for size in ((80, 96), (97, 53), (8, 8)):
+            black, white = (
+                Image.new(mode, size, color) for color in ("black", "white")
+            )
+            assert not read_saved(black, path, quality=quality).any()
+            assert read_saved(white, path, quality=quality).all()
+
+
+@pytest.mark.parametrize("value", [1, 2, 255])
+def test_read_webp_mask_without_loss(tmp_path, value):
+    found = read_saved(draw(value), tmp_path / "m.webp", lossless=True)
+    np.testing.assert_array_equal(found, DRAWN)
+    both = np.where(DRAWN, np.uint8(255), np.uint8(0))
+    both[0] = 1  # far below half of the largest
+    found = read_saved(Image.fromarray(both), tmp_path / "n.webp", lossless=True)
+    np.testing.assert_array_equal(found, both > 0)
+
+
+def draw_palette(background, drawn):
+    image = Image.frombytes("P", DRAWN.shape[::-1], np.uint8(DRAWN).tobytes())
+    image.putpalette([*background, *drawn])
+    return image
+
+
+def test_read_mask_through_its_palette(tmp_path):
+    path = tmp_path / "m.png"
+    black, white, red, blue = (0, 0, 0), (255, 255, 255), (128, 0, 0), (0, 0, 1)
+    for color in (white, red, blue):
+        found = read_saved(draw_palette(black, color), path)
+        np.testing.assert_array_equal(found, DRAWN)
+        found = read_saved(draw_palette(color, black), path)
+        np.testing.assert_array_equal(found, ~DRAWN)
+    assert read_saved(draw_palette(white, red), path).all()
+    assert not read_saved(draw_palette(black, black), path).any()
+    found = read_saved(draw_palette(white, red), path, transparency=0)
+    np.testing.assert_array_equal(found, DRAWN)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_read_mask_on_black(tmp_path, ending, mode):
+    """White paint on nothing is drawn, black paint is not, hidden colours are not."""
+    alpha = draw(255)
+    for ground, drawn in ((255, DRAWN), (0, DRAWN & False)):
+        image = Image.new("L", alpha.size, ground).convert(mode)
+        image.putalpha(alpha)
+        found = read_saved(image, tmp_path / f"m.{ending}", lossless=True)
+        np.testing.assert_array_equal(found, drawn)
+    opaque = draw(255, mode)
+    found = read_saved(opaque, tmp_path / f"m.{ending}", lossless=True)
+    np.testing.assert_array_equal(found, DRAWN)
+
+
+@pytest.mark.parametrize("value", [-1, 1, 256, 65536, 0.25])
+def test_read_mask_of_many_bits(tmp_path, value):
+    kind = np.float32 if isinstance(value, float) else np.int32
+    found = read_saved(Image.fromarray(DRAWN * kind(value)), tmp_path / "m.tif")
+    np.testing.assert_array_equal(found, DRAWN)
+    if kind == np.int32 and 0 < value < 65536:
+        image = Image.fromarray(DRAWN * np.uint16(value))
+        np.testing.assert_array_equal(read_saved(image, tmp_path / "m.png"), DRAWN)
+
+
+@pytest.mark.parametrize("ending", ["tif", "jpg"])
+def test_read_mask_in_printing_colours(tmp_path, ending):
+    path = tmp_path / f"m.{ending}"
+    with pytest.raises(UserError, match=rf"mask .*m\.{ending} .*CMYK.*as a PNG"):
+        read_saved(draw(255, "CMYK"), path)
+
+
 def test_read_mask_of_another_size(tmp_path):
     path = save(GREY, tmp_path / "m.png")
     with pytest.raises(UserError, match=r"m.png .*40 x 32 .*found 4 x 3"):

@@ -188,6 +188,13 @@ def test_ground_truth_is_outlined_not_covered():
     assert (panel[10, 10] == 100).all()
 
 
+def test_unknown_ground_truth_is_a_grey_panel():
+    image, anomaly_map = np.full((64, 64, 3), 100, np.uint8), np.zeros((64, 64))
+    drawn = figures.picture(image, None, anomaly_map, low=0, high=1, threshold=9)
+    assert (drawn[:, :64] == 100).all()
+    assert (drawn[:, 68:132] == figures.UNKNOWN).all()
+
+
 def read_lines(folder: Path):
     return [read_json_line(x) for x in (folder / "metrics.jsonl").read_text().split()]
 
@@ -291,6 +298,7 @@ def test_pictures_of_a_run_have_one_scale(tmp_path):
             labels=np.zeros(2, int),
             images=np.stack([image, image]),
             masks=np.zeros(maps.shape, bool),
+            has_mask=np.ones(2, bool),
         ),
         ["low", "high"],
         SimpleNamespace(

@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
 LABELS = ("normal", "anomalous")
 FINGERPRINT_FILE, SURVEY_FILE = "fingerprint.txt", "survey.json"
+EMPTY_MASK = "have a mask without any defective pixel and are left out of pixel metrics"
+FULL_MASK = "have a mask that covers the whole image: is its background white?"
 INCOMPLETE = "incomplete."  # how TFDS begins the names of folders being written
 # TFDS holds a shard's encoded images in memory while it writes the shard.
 SHARD = 64
@@ -369,26 +371,16 @@ def to_example(record: Record, survey: Survey) -> dict[str, Any]:
 
     Returns:
         The features of `RecordsBuilder`, images as encoded bytes. `has_mask` tells
-        whether it is known which pixels are defective; of a normal image none is.
+        whether it is known which pixels are defective; of a normal image none is. An
+        anomalous image has defects, so that an empty mask does not tell.
 
     Raises:
         UserError: a file cannot be read, or a mask does not fit.
     """
     data = read_file(record.image)
     image = read_image(record.image, data)
-    masks, contents = [], [data]
-    for mask in record.masks:
-        contents.append(read_file(mask.path))
-        pixels, saturation = read_mask(mask, contents[-1], size=image.shape[:2])
-        masks.append(
-            {
-                "mask": _encode(pixels * np.uint8(255)),
-                "defect_name": saturation.defect_name,
-                "saturation_threshold": saturation.threshold,
-                "relative_saturation": saturation.relative,
-            }
-        )
-    survey.add(f"{record.split}/{record.name}", contents)
+    masks, contents = _read_masks(record, image.shape[:2], survey)
+    survey.add(f"{record.split}/{record.name}", [data, *contents])
     return {
         "image": data if _is_plain(data) else _encode(image),
         "label": record.label,
@@ -398,6 +390,37 @@ def to_example(record: Record, survey: Survey) -> dict[str, Any]:
         "has_mask": record.label == NORMAL or bool(masks),
         "masks": masks,
     }
+
+
+def _read_masks(
+    record: Record, size: tuple[int, int], survey: Survey
+) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Reads a record's masks, and notices those that cannot be right.
+
+    Returns:
+        The features of each mask, none if no pixel of any is defective, and what
+        their files contain.
+    """
+    masks, contents = [], []
+    defective = np.zeros(size, bool)
+    for mask in record.masks:
+        contents.append(read_file(mask.path))
+        pixels, saturation = read_mask(mask, contents[-1], size=size)
+        defective |= pixels
+        masks.append(
+            {
+                "mask": _encode(pixels * np.uint8(255)),
+                "defect_name": saturation.defect_name,
+                "saturation_threshold": saturation.threshold,
+                "relative_saturation": saturation.relative,
+            }
+        )
+    if defective.all():
+        survey.notice(FULL_MASK, record.image)
+    if masks and not defective.any():
+        survey.notice(EMPTY_MASK, record.image)
+        masks = []
+    return masks, contents
 
 
 def _is_plain(data: bytes) -> bool:

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from ulsad_jax.data import lossy
 from ulsad_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, UInt8
+    from jaxtyping import Bool, Shaped, UInt8
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 NORMAL, ANOMALOUS = 0, 1
@@ -49,11 +50,13 @@ class Saturation:
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """One ground-truth channel on disk: a pixel above `above` is defective.
+    """One ground-truth channel on disk.
 
     Attributes:
         path: the mask's file.
-        above: the largest value that still means normal.
+        above: the largest value that still means normal; 0 leaves it to the file:
+            what is not 0 is defective, or after lossy compression what is above half
+            of the largest value.
         saturations: for MVTec LOCO, the rule that belongs to each pixel value; the
             file holds 0 and exactly one of them. Empty elsewhere: the whole region
             must be found.
@@ -291,15 +294,12 @@ def read_mask(
         size: (height, width) of its image.
 
     Raises:
-        UserError: an unreadable file; another size than the image's; for MVTec LOCO,
-            not exactly one non-zero value or one that `defects_config.json` lacks.
+        UserError: an unreadable file; colours in which black is not 0; another size
+            than the image's; for MVTec LOCO, not exactly one non-zero value or one
+            that `defects_config.json` lacks.
     """
-    image = _open(mask.path, data)
-    if image.mode in ("1", "P", "PA", "LA"):
-        image = image.convert("L")  # 0 to 255; the palette's colours; no transparency
-    values = np.asarray(image)
-    if values.ndim == 3:
-        values = values[..., :3].max(axis=-1)  # a grey mask stored as RGB or RGBA
+    data = read_file(mask.path) if data is None else data
+    values = _mask_values(mask.path, data)
     if values.shape != tuple(size):
         raise UserError(
             f"Expected the mask {mask.path} to have its image's size, "
@@ -307,7 +307,9 @@ def read_mask(
             f"{values.shape[1]} x {values.shape[0]}. Draw it at the image's size."
         )
     if not mask.saturations:
-        return values > mask.above, Saturation()
+        above = mask.above or lossy.highest_normal(values, data)
+        # Numbers below 0 are not 0; Pillow reads large unsigned ones so, too.
+        return np.abs(values) > above, Saturation()
     found = [int(v) for v in np.unique(values) if v != 0]
     if len(found) != 1 or found[0] not in mask.saturations:
         raise UserError(
@@ -316,6 +318,20 @@ def read_mask(
             f"values {found}. Restore the file from the data set's archive."
         )
     return values > 0, mask.saturations[found[0]]
+
+
+def _mask_values(path: Path, data: bytes) -> Shaped[np.ndarray, "h w"]:
+    """Reads one value a pixel: colours on black, their largest channel."""
+    image = _open(path, data)
+    if image.mode in ("CMYK", "LAB"):
+        raise UserError(
+            f"Expected the mask {path} in grey, RGB, RGBA or palette colours, found "
+            f"{image.mode}, in which black is not 0. Save it as a PNG file."
+        )
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which RGBA would cut
+        return np.asarray(image)
+    rgba = np.asarray(image.convert("RGBA"))
+    return rgba[..., :3].max(axis=-1) * (rgba[..., 3] / np.float32(255))
 
 
 def _open(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Image:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 COLORMAP = "inferno"
 OVERLAY = 0.6  # share of the heatmap in the overlay
 CONTOUR = (0, 255, 0)
+UNKNOWN = 128  # grey of the panel of a ground truth that is not known
 GAP = 4  # white pixels between the panels
 
 
@@ -54,7 +55,7 @@ def overlay(
 
 def picture(
     image: UInt8[np.ndarray, "h w 3"],
-    mask: Bool[np.ndarray, "h w"],
+    mask: Bool[np.ndarray, "h w"] | None,
     anomaly_map: Float[np.ndarray, "h w"],
     *,
     low: float,
@@ -65,14 +66,17 @@ def picture(
 
     Args:
         image: at model resolution.
-        mask: its ground truth.
+        mask: its ground truth; None draws a grey panel.
         anomaly_map: its map.
         low: the value drawn coldest.
         high: the value drawn hottest.
         threshold: above it is the predicted mask, outlined in the overlay.
     """
-    outlined = image.copy()
-    outlined[ndimage.binary_dilation(mask, iterations=2) & ~mask] = CONTOUR
+    if mask is None:
+        outlined = np.full_like(image, UNKNOWN)
+    else:
+        outlined = image.copy()
+        outlined[ndimage.binary_dilation(mask, iterations=2) & ~mask] = CONTOUR
     hot = overlay(image, anomaly_map > threshold, anomaly_map, low=low, high=high)
     gap = np.full((image.shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([image, gap, outlined, gap, hot], axis=1)

@@ -53,7 +53,7 @@ def write(
         for i in rows:
             drawn = figures.picture(
                 truth.images[i],
-                truth.masks[i],
+                truth.masks[i] if truth.has_mask[i] else None,
                 prediction.anomaly_map[i],
                 low=calibration.display_low,
                 high=calibration.display_high,

@@ -89,9 +89,10 @@ def show_gallery(category: CategoryFiles, limit: int) -> str:
     cards = "".join(_show_card(row) for row in rows[:limit])
     wrong = sum(row.is_wrong for row in category.scores)
     return (
-        f"<h3>Images</h3><p>Image, ground truth (green), heatmap at the scale of the "
-        f"run with the predicted mask (green); the worst misses and false alarms "
-        f"first. {len(rows[:limit])} of {len(category.scores)} test images, of which "
+        f"<h3>Images</h3><p>Image, ground truth (green; a grey panel where it is not "
+        f"known), heatmap at the scale of the run with the predicted mask (green); "
+        f"the worst misses and false alarms first. {len(rows[:limit])} of "
+        f"{len(category.scores)} test images, of which "
         f'{wrong} are decided wrongly.</p><div class="gallery">{cards}</div>'
     )
 

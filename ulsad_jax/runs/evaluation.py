@@ -29,7 +29,8 @@ class Truth(NamedTuple):
         labels: [n], 0 normal or 1 anomalous.
         types: n names.
         masks: [n, h, w] bool at model resolution.
-        has_mask: [n]; False for an anomalous image without ground truth.
+        has_mask: [n]; False for an anomalous image without ground truth, or with
+            an empty one.
         images: [n, h, w, 3] uint8 at model resolution.
     """
 

@@ -117,7 +117,7 @@ def table(
         if left_out := row.get("pixel_images_left_out"):
             lines.append(
                 f"{name}, pixel metrics leave out {left_out} anomalous images "
-                "without a mask."
+                "without a mask or with an empty one."
             )
         if name in about.get("decisions", {}):
             lines += _decision_lines(name, row, **about["decisions"][name])

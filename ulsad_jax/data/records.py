@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from ulsad_jax.data.file_warnings import naming
 from ulsad_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -311,7 +312,8 @@ def read_image(
             takes (178 956 970, against files that are small and unpack to fill the
             memory), or cannot be opened.
     """
-    return to_rgb(_open(path, data))
+    with naming(path):
+        return to_rgb(_open(path, data))
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
@@ -367,7 +369,8 @@ def read_mask(
 def _open(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Image:
     """Opens and decodes an image file whole."""
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
+        source = path if data is None else io.BytesIO(data)
+        with naming(path), Image.open(source) as image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

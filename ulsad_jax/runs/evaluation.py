@@ -30,6 +30,7 @@ class Truth(NamedTuple):
         types: n names.
         masks: [n, h, w] bool at model resolution.
         has_mask: [n]; False for an anomalous image without ground truth.
+        mask_lost: [n]; True where there are defective pixels on disk, none in `masks`.
         images: [n, h, w, 3] uint8 at model resolution.
     """
 
@@ -37,6 +38,7 @@ class Truth(NamedTuple):
     types: Sequence[str]
     masks: np.ndarray
     has_mask: np.ndarray
+    mask_lost: np.ndarray
     images: np.ndarray
 
 
@@ -51,7 +53,7 @@ def predict_split(
 
     Args:
         predict: from images to a prediction.
-        batches: with image, label, gt_mask, has_mask, valid and index.
+        batches: see `pipeline.Examples.batches`.
         types: of every image of the split.
         image_size: (height, width) of the maps.
     """
@@ -70,6 +72,7 @@ def predict_split(
         types=types,
         masks=np.zeros((n, *image_size), bool),
         has_mask=np.zeros(n, bool),
+        mask_lost=np.zeros(n, bool),
         images=np.zeros((n, *image_size, 3), np.uint8),
     )
     for batch in batches:
@@ -82,6 +85,7 @@ def predict_split(
         truth.labels[rows] = batch["label"][valid]
         truth.masks[rows] = batch["gt_mask"][valid]
         truth.has_mask[rows] = batch["has_mask"][valid]
+        truth.mask_lost[rows] = batch["mask_lost"][valid]
         truth.images[rows] = batch["image"][valid]
     return prediction, truth
 

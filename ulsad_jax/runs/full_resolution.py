@@ -97,7 +97,7 @@ def write_maps(
         target = folder / "test" / results.file_name(record.type)
         target.mkdir(parents=True, exist_ok=True)
         Image.fromarray(large).save(
-            target / f"{results.file_name(record.image.stem)}.tiff"
+            target / results.file_name(record.image.stem, ".tiff")
         )
 
 

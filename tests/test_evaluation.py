@@ -11,9 +11,11 @@ from safetensors.numpy import save_file
 
 from tests import runs, trees
 from tests.goldens import weights
+from ulsad_jax.data.batches import Examples
 from ulsad_jax.metrics.image import UndefinedMetricWarning
 from ulsad_jax.report import figures
 from ulsad_jax.runs import evaluation
+from ulsad_jax.runs import loop as trainer
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.scoring import prediction as inference
@@ -51,6 +53,7 @@ def make_batches(count, size):
             "label": np.int32(rows % 2),
             "gt_mask": (value[:, None, None] * ones) > 2,
             "has_mask": rows != 1,
+            "mask_lost": rows == 3,
             "index": rows,
             "valid": valid,
         }
@@ -79,6 +82,7 @@ def test_every_image_is_predicted_once(size):
     np.testing.assert_array_equal(truth.images[:, 0, 0, 2], [1, 2, 3, 4, 5])
     np.testing.assert_array_equal(truth.labels, [0, 1, 0, 1, 0])
     np.testing.assert_array_equal(truth.has_mask, [1, 0, 1, 1, 1])
+    np.testing.assert_array_equal(truth.mask_lost, [0, 0, 0, 1, 0])
     np.testing.assert_array_equal(truth.masks[:, 0, 0], [0, 0, 1, 1, 1])
     assert truth.types == types
 
@@ -190,6 +194,30 @@ def test_scores_do_not_depend_on_the_batch_size(finished, tmp_path, size):
     expected_names, expected = read_columns(finished.workdir)
     assert names == expected_names
     np.testing.assert_allclose(scores, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_batch_is_no_larger_than_its_split(finished, tmp_path, monkeypatch):
+    """Its rows take memory, whether they are filled or not."""
+    sizes, batches = [], Examples.batches
+
+    def note(examples, size, *args):
+        sizes.append((len(examples), size))
+        return batches(examples, size, *args)
+
+    monkeypatch.setattr(Examples, "batches", note)
+    made = trainer.make_validate
+
+    def make_validate(model, loss_fn, source, *, batch_size, **options):
+        sizes.append((len(source), batch_size))
+        return made(model, loss_fn, source, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(trainer, "make_validate", make_validate)
+    config = finished.config.copy_and_resolve_references()
+    config.evaluation.batch_size = 10**9
+    config.train.num_epochs = 1
+    runs.train(config, tmp_path / "run")
+    assert len(sizes) == 4  # features of two splits, validation, test
+    assert all(size == count for count, size in sizes)
 
 
 def save_other_trunk(path, *, seed=0, architecture="resnet18", tmp_path):

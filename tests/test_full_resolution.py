@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 
@@ -157,6 +158,30 @@ def test_maps_on_disk_are_the_maps(loco, tmp_path):
         found = read_map(tmp_path / "pushpins" / "test" / name)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, resize_map(maps[i], trees.SIZE))
+
+
+def test_long_names_and_tiny_defects_in_a_run(finished, tmp_path):
+    """Names of 255 bytes, and masks of which nothing is left at 64 x 64."""
+    root = tmp_path / ("r" * 255)
+    trees.write_mvtec_ad(root, train=8, good=2, per_defect=0, defects=[])
+    names = ["n" * 251, "x y" * 83, "漢" * 83, "tiny"]
+    for kind, name in itertools.product(["cut", "d t" * 82], names):
+        trees.write_image(root / "bottle/test" / kind / f"{name}.png", size=(256, 256))
+        mask = root / "bottle/ground_truth" / kind / "tiny_mask.png"
+        trees.write_mask(mask, size=(256, 256), box=(80, 80, 81, 81))
+    fields = {"train.num_epochs": 1, "evaluation.write_maps": True}
+    fields |= {"evaluation.original_resolution": True}
+    fields |= {"evaluation.pictures_per_type": -1}
+    config = runs.make_config(root, fields)
+    config.dataset.cache_dir = str(tmp_path / "cache")
+    printed = runs.train(config, tmp_path / "run")
+    metrics = runs.read_results(tmp_path / "run", "bottle")["metrics"]
+    assert (metrics["masks_lost"], metrics["pixel_images_left_out"]) == (2, 6)
+    assert "2 of 2 masks have no pixel left at model resolution" in printed
+    assert "AUPRO (original size)" in printed
+    assert len(list((tmp_path / "run/maps/bottle/test").glob("*/*.tiff"))) == 10
+    assert len(list((tmp_path / "run/bottle/pictures").glob("*/*.png"))) == 10
+    assert (tmp_path / "run/report.html").read_text().count("<img") == 10
 
 
 def test_a_map_with_nan_is_refused(loco):

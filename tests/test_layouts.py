@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -68,6 +70,39 @@ def test_a_category_may_have_test_images_alone(tmp_path):
     trees.write_mvtec_ad(tmp_path, "cable")
     shutil.rmtree(tmp_path / "cable/train")
     assert layouts.find_categories("mvtec_ad", tmp_path) == ["cable"]
+
+
+@pytest.mark.parametrize(("name", "root"), [("mvtec_ad", "."), ("folder", "bottle")])
+@pytest.mark.parametrize(
+    "denied", ["test", "test/good", "train/good", "ground_truth/broken"]
+)
+def test_folder_that_may_not_be_read_is_named(
+    tmp_path, monkeypatch, name, root, denied
+):
+    trees.write_mvtec_ad(tmp_path)
+    folder = tmp_path / "bottle" / denied
+    listdir, scandir = os.listdir, os.scandir  # which of them pathlib uses varies
+
+    def refuse(function):
+        def call(path="."):
+            if Path(path) == folder:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path)
+
+        return call
+
+    monkeypatch.setattr(os, "listdir", refuse(listdir))
+    monkeypatch.setattr(os, "scandir", refuse(scandir))
+    with pytest.raises(UserError, match=f"{folder}: permission denied"):
+        layouts.find_records(name, tmp_path / root, "bottle")
+
+
+@pytest.mark.parametrize("lines", ["", "\n\n", ",,,,\n"])
+def test_table_with_a_header_only(tmp_path, lines):
+    path = tmp_path / "mine.csv"
+    path.write_text(f"image,split,label,mask,type\n{lines}")
+    with pytest.raises(UserError, match=rf"{path}, found the header alone.*no rows"):
+        layouts.find_records("table", path, "mine")
 
 
 def test_records_are_checked(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests import trees
 from ulsad_jax.data.batches import Category, Examples, open_category
-from ulsad_jax.data.records import Saturation, read_image, read_mask
+from ulsad_jax.data.records import Mask, Saturation, read_image, read_mask
 from ulsad_jax.data.resize import resize_bilinear, resize_nearest
 from ulsad_jax.runtime.errors import UserError
 
@@ -49,6 +49,7 @@ def test_shapes_and_types_of_a_batch(loco):
         "label": ((4,), "int32"),
         "gt_mask": ((4, *SIZE), "bool"),
         "has_mask": ((4,), "bool"),
+        "mask_lost": ((4,), "bool"),
         "index": ((4,), "int32"),
         "valid": ((4,), "bool"),
     }
@@ -78,6 +79,32 @@ def test_gt_mask_is_the_union_of_the_channels(loco):
             union |= resize_nearest(read_mask(mask, size=trees.SIZE)[0], SIZE)
         np.testing.assert_array_equal(rows["gt_mask"][i], union)
         assert union.any() == (record.label == 1)
+
+
+def test_masks_without_a_pixel_at_model_resolution_are_told(tmp_path):
+    """Every second row and column is left out, a mask of one pixel there with it."""
+    root = trees.write_mvtec_ad(tmp_path / "ad", per_defect=4, defects=["cut"])
+    masks = root / "bottle" / "ground_truth" / "cut"
+    for i, box in enumerate([(4, 6, 5, 7), (4, 6, 12, 16), (0, 0, 1, 1)]):
+        trees.write_mask(masks / f"{i:03d}_mask.png", box=box)
+    (masks / "003_mask.png").unlink()
+    rows = read_all(open_tree("mvtec_ad", root, "bottle").test, 8)
+    small = [0]
+    for i in (0, 2):
+        mask = read_mask(Mask(masks / f"{i:03d}_mask.png"), size=trees.SIZE)[0]
+        small.append(int(resize_nearest(mask, SIZE).any()))
+    assert rows["gt_mask"].any((1, 2)).tolist() == [
+        0,
+        0,
+        small[1],
+        1,
+        small[2],
+        0,
+        0,
+        0,
+    ]
+    assert not any(small)
+    assert rows["mask_lost"].tolist() == [0, 0, 1, 0, 1, 0, 0, 0]
 
 
 def test_what_is_known_of_the_images(loco):
@@ -189,3 +216,16 @@ def test_the_fingerprint_follows_the_source_files(tmp_path):
 def test_an_unknown_data_set_is_refused(tmp_path):
     with pytest.raises(UserError, match="'mvtec'"):
         open_tree("mvtec", tmp_path, "bottle")
+
+
+def test_warnings_of_a_decoder_name_the_file_and_come_once(tmp_path, monkeypatch):
+    root = trees.write_mvtec_ad(tmp_path / "ad", defects=["cut"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # two thirds of an image
+    with pytest.warns(Image.DecompressionBombWarning) as caught:
+        category = open_tree("mvtec_ad", root, "bottle")
+        read_all(category.test, 4)
+        category.test.original(0)
+    texts = [str(w.message) for w in caught if "pixels" in str(w.message)]
+    files = [str(path) for path in root.rglob("*.png")]
+    assert len(files) == 10
+    assert sorted(text.split(": ")[0] for text in texts) == sorted(files)

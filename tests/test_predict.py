@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 import ulsad_jax
 from tests import runs, trees
 from ulsad_jax import predict, predictions
+from ulsad_jax.detector import Detector
 from ulsad_jax.runs.results import SCORES
 from ulsad_jax.runtime.errors import UserError
 
@@ -256,6 +259,148 @@ def test_link_into_an_input_is_no_place_for_results(tree):
     inputs = predictions.find_inputs([str(tree / "x")])
     with pytest.raises(UserError, match="inside"):
         predictions.check_output(tree / "link" / "out", inputs)
+
+
+def test_links_to_folders_are_followed_but_never_in_circles(tree):
+    for link, target in {
+        "x/day": "../y",
+        "x/s/up": "..",  # to a folder above
+        "x/s/self": ".",
+        "x/s/top": "../..",  # above where the search begins: not into it again
+        "y/back": "../x",
+        "x/gone": "nothing",
+        "x/.hidden": "../y",
+    }.items():
+        (tree / link).symlink_to(target)
+    y = ["1.png", "2.JPG", "[1].png"]
+    found = ["1.png", *(f"day/{n}" for n in y), "s/1.png", *(f"s/top/y/{n}" for n in y)]
+    assert list_names(tree / "x") == found
+    assert sorted(list_names(tree / "x/**")) == sorted(found)
+    assert sorted(list_names(tree / "x/**/*.*")) == sorted(found)
+    assert list_names(tree / "x/day") == [*y, "back/1.png", "back/s/1.png"]
+    assert list_names(tree / "x", tree / "x/day/2.JPG") == found
+
+
+def test_results_in_a_folder_that_a_link_leads_to_are_refused(tree):
+    (tree / "x" / "day").symlink_to(tree / "y")
+    inputs = predictions.find_inputs([str(tree / "x")])
+    with pytest.raises(UserError, match=r"inside .*day"):
+        predictions.check_output(tree / "y" / "out", inputs)
+    predictions.check_output(tree / "out", inputs)
+
+
+def test_linked_folder_is_predicted_as_training_reads_it(finished, data, tmp_path):
+    test = data / "bottle" / "test"
+    for kind in test.iterdir():
+        link = tmp_path / "in" / kind.name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(kind)
+    flags = [f"--workdir={finished.workdir}", f"--output={tmp_path / 'out'}"]
+    assert predict.main([*flags, str(tmp_path / "in")]) == 0
+    names = {f"{row['name']}.png" for row in runs.read_scores(finished.workdir)}
+    assert {row["name"] for row in read_json(tmp_path / "out")} == names
+
+
+KINDS = {"overlays": True, "masks": True, "maps": True}
+
+
+def test_names_that_endings_make_too_long(detector, tmp_path):
+    folder = tmp_path / "in" / ("d" * 255) / ("漢" * 85)
+    names = ["n" * 250 + str(i) + ".png" for i in range(3)]
+    names += ["漢" * 83 + "é.png", "é" * 125 + ".png", "short.png"]
+    for name in names:
+        trees.write_image(folder / name)
+    inputs = predictions.find_inputs([str(tmp_path / "in")])
+    counts = predictions.predict_files(detector, inputs, tmp_path / "out", **KINDS)
+    assert (counts.images, counts.failed) == (6, 0)
+    rows = read_json(tmp_path / "out")
+    assert {Path(row["name"]).name for row in rows} == set(names)
+    for kind, ending in (("overlays", ".png"), ("masks", ".png"), ("maps", ".tiff")):
+        within = tmp_path / "out" / kind / folder.relative_to(tmp_path / "in")
+        found = [path.name for path in within.iterdir()]
+        assert len(found) == 6 and f"short.png{ending}" in found
+        assert all(name.endswith(ending) for name in found)
+
+
+def test_picture_that_cannot_be_written_is_an_error_row(detector, tmp_path):
+    """Its name is the folder of another picture, or the path becomes too long."""
+    trees.write_image(tmp_path / "in" / "a.png")
+    trees.write_image(tmp_path / "in" / "a.png.png" / "b.png")
+    trees.write_image(tmp_path / "in" / "c.png")
+    inputs = predictions.find_inputs([str(tmp_path / "in")])
+    counts = predictions.predict_files(detector, inputs, tmp_path / "out", **KINDS)
+    assert (counts.images, counts.failed) == (3, 1)
+    rows = {row["name"]: row for row in read_json(tmp_path / "out")}
+    assert str(tmp_path / "out/overlays/a.png.png") in rows["a.png.png/b.png"]["error"]
+    assert rows["a.png.png/b.png"]["score"] is not None
+    assert (tmp_path / "out/maps/c.png.tiff").exists()
+
+
+def test_image_that_is_replaced_by_one_of_another_size(detector, tmp_path, monkeypatch):
+    trees.write_image(tmp_path / "in" / "0.png")
+    predict = detector.predict
+
+    def replace(batch):
+        trees.write_image(tmp_path / "in" / "0.png", size=(20, 20))
+        return predict(batch)
+
+    monkeypatch.setattr(detector, "predict", replace)
+    inputs = predictions.find_inputs([str(tmp_path / "in")])
+    predictions.predict_files(detector, inputs, tmp_path / "out", **KINDS)
+    assert "another size" in read_json(tmp_path / "out")[0]["error"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_full_disk_stops_a_prediction(finished, tmp_path, monkeypatch, number):
+    for i in range(3):
+        trees.write_image(tmp_path / "in" / f"{i}.png")
+    save, written = Image.Image.save, []
+
+    def fail(image, path, *args, **options):
+        if written:
+            raise OSError(number, os.strerror(number))
+        written.append(path)
+        save(image, path, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    flags = [f"--workdir={finished.workdir}", f"--output={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as stopped:
+        predict.main([*flags, "--masks", str(tmp_path / "in")])
+    assert f"error: Expected to read or write {tmp_path / 'out'}" in stopped.value.code
+    assert [row["name"] for row in read_json(tmp_path / "out")] == ["0.png"]
+
+
+def test_second_prediction_into_one_folder_is_refused(
+    finished, mixed, tmp_path, monkeypatch, capsys
+):
+    """It began when the folder was still empty."""
+    flags = [f"--workdir={finished.workdir}", f"--output={tmp_path / 'out'}"]
+    load, statuses = Detector.load, []
+
+    def load_after_another(*args, **options):
+        monkeypatch.setattr(Detector, "load", load)
+        statuses.append(predict.main([*flags, str(mixed / "a.png")]))
+        return load(*args, **options)
+
+    monkeypatch.setattr(Detector, "load", load_after_another)
+    statuses.append(predict.main([*flags, "--masks", str(mixed / "sub")]))
+    assert statuses == [0, 2]
+    assert "the rows of another prediction" in capsys.readouterr().err
+    assert [row["name"] for row in read_json(tmp_path / "out")] == ["a.png"]
+    assert len(runs.read_table(tmp_path / "out" / "scores.csv")) == 1
+    assert not (tmp_path / "out" / "masks").exists()
+    assert predict.main([*flags, str(mixed / "a.png")]) == 2  # nor what a crash left
+
+
+def test_warnings_of_a_decoder_name_the_file(finished, tmp_path):
+    for i in range(6):
+        trees.write_palette_with_transparency(tmp_path / "in" / f"{i}.png")
+    flags = [f"--workdir={finished.workdir}", f"--output={tmp_path / 'out'}"]
+    with pytest.warns(UserWarning, match="Palette images") as caught:
+        assert predict.main([*flags, str(tmp_path / "in")]) == 0
+    texts = [str(w.message) for w in caught if "Palette images" in str(w.message)]
+    expected = [f"{tmp_path / 'in' / str(i)}.png: Palette images" for i in range(6)]
+    assert sorted(text[: len(expected[0])] for text in texts) == expected
 
 
 def test_file_that_goes_while_it_is_predicted(detector, tmp_path, monkeypatch):

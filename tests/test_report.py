@@ -17,7 +17,9 @@ from ulsad_jax.metrics import pixel
 from ulsad_jax.metrics.curves import Curve, area_up_to, thin
 from ulsad_jax.report import page, pictures, plots, run_files, sections
 from ulsad_jax.runs import evaluation, results
+from ulsad_jax.runs import run as experiment
 from ulsad_jax.runtime import files, stages
+from ulsad_jax.runtime.errors import UserError
 
 HOSTILE = "<script>document.title='gone'</script>\"' onload=\"x()\" & $title"
 HEAD = [
@@ -50,7 +52,7 @@ def write_run(workdir: Path, *, category="bottle", images=IMAGES, **about) -> Pa
         target = folder / "pictures" / results.file_name(kind)
         target.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (200, 64), "teal").save(
-            target / f"{results.file_name(Path(image).stem)}.png"
+            target / results.file_name(Path(image).stem, ".png")
         )
     files.replace_csv(folder / "scores.csv", rows)
     epochs = [{"epoch": k, "loss/total": 2.0 / k, "loss/mine": 1.0} for k in (1, 2, 3)]
@@ -190,6 +192,56 @@ def test_report_before_anything_but_results(tmp_path):
     shutil.rmtree(folder / "pictures")
     text = compose(tmp_path)
     assert "ROC of images" in text and "Losses" not in text and "<img" not in text
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("results.json", "eval.py --workdir="),
+        ("config.json", "train.py"),
+        ("bottle/scores.csv", "eval.py --workdir="),
+        ("bottle/curves.json", "eval.py --workdir="),
+    ],
+)
+def test_report_without_a_file_it_is_made_of(tmp_path, name, command, content):
+    path = write_run(tmp_path) / name
+    path.unlink() if content is None else path.write_text(content)
+    if content is None and name == "bottle/curves.json":
+        pytest.skip("may be missing")
+    if content == "" and path.suffix == ".csv":
+        content = None
+        path.write_text("image,name\na,b\n")
+    with pytest.raises(UserError) as refused:
+        page.write(tmp_path)
+    assert str(path) in str(refused.value) and command in str(refused.value)
+
+
+def test_eval_makes_what_the_report_lacks(finished, tmp_path):
+    run = runs.copy(finished, tmp_path)
+    path = run.workdir / "bottle" / "scores.csv"
+    before = path.read_text()
+    path.unlink()
+    with pytest.raises(UserError, match=r"scores\.csv.*eval\.py --workdir="):
+        runs.train(run.config, run.workdir)
+    experiment.evaluate(run.workdir)
+    assert path.read_text() == before
+
+
+def test_report_finds_pictures_of_long_names(tmp_path):
+    images = [("x y" * 83, "é" * 120 + str(i), 0.1, False) for i in range(3)]
+    run = write_run(tmp_path, images=images)
+    assert compose(run).count("<img") == 3
+
+
+def test_report_says_what_pixel_metrics_do_not_see(tmp_path):
+    run = run_files.read(write_run(tmp_path))
+    run.categories[0].metrics.update(
+        masks_lost=3, test_anomalous=4, pixel_auroc_original=0.5, aupro_original=0.25
+    )
+    text = sections.tabulate_results(run)
+    assert "bottle, 3 of 4 masks have no pixel left at model resolution" in text
+    assert "AUPRO (original size)" in text and "25.00" in text
 
 
 def test_report_of_a_run(finished):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from tests import runs
 from ulsad_jax.data.records import Record
 from ulsad_jax.report import figures, pictures
 from ulsad_jax.runs import results
+from ulsad_jax.runtime import files
 from ulsad_jax.runtime.writer import Writer
 from ulsad_jax.scoring.prediction import Prediction
 
@@ -85,6 +87,33 @@ def test_table_of_au_spro_is_its_headline_alone():
     assert lines[2:] == ["pushpins, AU-sPRO 0.05 by type: a 75.00, b -"]
 
 
+def test_table_has_what_is_measured_at_original_size_beside_the_rest():
+    row = {"pixel_auroc": 0.5, "pixel_f1_max": 0.5, "aupro": 0.25}
+    assert "original" not in results.table({"bottle": row}, ABOUT)
+    original = {"pixel_auroc_original": 0.75, "aupro_original": 0.125}
+    lines = results.table({"bottle": row | original}, ABOUT).splitlines()
+    assert lines[0].split("  ") == [
+        *("category", "pixel AUROC", "pixel AUROC (original size)", "pixel F1"),
+        *("AUPRO", "AUPRO (original size)"),
+    ]
+    assert lines[1].split() == ["bottle", "50.00", "75.00", "50.00", "25.00", "12.50"]
+
+
+@pytest.mark.parametrize(
+    ("more", "advice"),
+    [
+        ({}, "config.evaluation.original_resolution=True"),
+        ({"aupro_original": 0.5}, "see the metrics at original size"),
+    ],
+)
+def test_table_says_how_many_masks_are_lost(more, advice):
+    row = {"test_anomalous": 9, "pixel_images_left_out": 1, "aupro": 0.99} | more
+    assert "no pixel left" not in results.table({"a": row | {"masks_lost": 0}}, ABOUT)
+    text = results.table({"a": row | {"masks_lost": 7}}, ABOUT)
+    assert "a, 7 of 8 masks have no pixel left at model resolution" in text
+    assert advice in text and "config.image_size" in text
+
+
 def test_table_of_one_category_has_no_mean():
     assert "mean" not in results.table({"bottle": ROWS["bottle"]}, ABOUT)
 
@@ -115,6 +144,29 @@ def test_file_name_stays_in_its_folder(name, tmp_path):
 @pytest.mark.parametrize("name", ["bottle", "metal_nut", "01", "my-box.2"])
 def test_file_name_of_a_plain_name_is_the_name(name):
     assert results.file_name(name) == name
+
+
+LONG = {"ascii": "x" * 300, "han": "漢" * 100, "spaces": "x y" * 100, "two": "é" * 200}
+
+
+@pytest.mark.parametrize("name", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("ending", ["", ".png", ".tiff"])
+def test_file_name_is_never_too_long(name, ending, tmp_path):
+    found = set()
+    for length in range(60, len(name)):
+        file = results.file_name(name[:length], ending)
+        assert len(file.encode()) <= 255 and file.endswith(ending)
+        (tmp_path / file).touch()
+        found.add(file)
+    assert len(found) == len(range(60, len(name)))
+    assert results.file_name("x" * 240, ".png") == f"{'x' * 240}.png"
+
+
+def test_long_names_that_begin_alike_are_two_files():
+    names = [f"{'x' * 250}{i}" for i in range(9)]
+    assert len({results.file_name(name, ".png") for name in names}) == 9
+    odd = b"\xff".decode(errors="surrogateescape") * 255  # as a path has it
+    assert len(os.fsencode(files.fit_name(odd, ".png"))) == 255
 
 
 def test_file_names_differ_as_names_do():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -56,6 +57,13 @@ def write_image(path: Path, *, size: tuple[int, int] = SIZE, mode: str = "RGB") 
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).convert(mode).save(path)
+
+
+def write_palette_with_transparency(path: Path) -> None:
+    """Writes an image that Pillow warns of."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.arange(math.prod(SIZE)).reshape(SIZE).astype(np.uint8)
+    Image.fromarray(pixels).convert("P").save(path, transparency=b"\0\20")
 
 
 def write_mask(

@@ -43,14 +43,12 @@ def main(arguments: list[str]) -> int:
         except errors.UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        counts = predictions.predict_files(
-            detector,
-            inputs,
-            flags.output,
-            overlays=flags.overlays,
-            masks=flags.masks,
-            maps=flags.maps,
-        )
+        kinds = {kind: getattr(flags, kind) for kind in ("overlays", "masks", "maps")}
+        try:
+            counts = predictions.predict_files(detector, inputs, flags.output, **kinds)
+        except predictions.OutputTaken as error:  # since it was looked at
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     print(
         f"{counts.images} images, {counts.anomalous} anomalous, {counts.failed} failed."
         f" Rows: {flags.output / predictions.CSV}, {flags.output / predictions.JSON}"
@@ -68,7 +66,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add_run_arguments(parser)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="Image, folder, or quoted glob.")
+    text = "Image, folder (links to folders are followed, too), or quoted glob."
+    add("inputs", nargs="+", metavar="INPUT", help=text)
     add("--output", required=True, type=as_path, help="New or empty folder.")
     add("--overlays", action="store_true", help="Write overlays/: heatmap and outline.")
     add("--masks", action="store_true", help="Write masks/: 0 or 255, .png.")

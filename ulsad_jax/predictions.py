@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import errno
 import glob
 import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -28,6 +30,16 @@ from ulsad_jax.runtime.progress import progress
 CSV, JSON = "scores.csv", "scores.jsonl"
 COLUMNS = ("image", "name", *SCORES, "width", "height", "error")
 THREADS = 4  # that decode; each holds one image at its own resolution
+# Why one picture cannot be written though others can: its name is too long or not
+# allowed, or another picture's folder is called so. None: the encoder refuses it.
+OF_ONE_PICTURE = (
+    *(None, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+)
+
+
+class OutputTaken(UserError):
+    """Something is in the folder for results; nothing was begun."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +80,9 @@ def find_inputs(arguments: Sequence[str]) -> Inputs:
 
     Args:
         arguments: files, whatever their names; folders, searched for files with an
-            image's ending, but not in hidden folders or links to folders; globs, `**`
-            too, which find what a search of folders finds.
+            image's ending, through links to folders, too, but those that lead back,
+            and not in hidden folders; globs, `**` too, which find what a search of
+            folders finds.
 
     Raises:
         UserError: an argument without any image.
@@ -94,19 +107,22 @@ def check_output(output: Path, inputs: Inputs) -> None:
     """Refuses a folder for results in which something is, or would be read again.
 
     Raises:
-        UserError: it is not empty, no folder, or inside a folder that is read.
+        OutputTaken: it is not empty, or no folder.
+        UserError: it is inside a folder that is read.
     """
     if found := files.find_content(output):
-        raise UserError(
+        raise OutputTaken(
             f"Expected --output to be a new or empty folder, found {found}. Give "
             "another."
         )
+    target = output.resolve()
     for path in inputs.paths:
-        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
-            raise UserError(
-                f"Expected --output outside of the folders to read, found {output} "
-                f"inside {path}. Give another."
-            )
+        for folder, _ in _search(path):
+            if target.is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"Expected --output outside of the folders to read, found "
+                    f"{output} inside {folder}. Give another."
+                )
 
 
 def predict_files(
@@ -121,8 +137,9 @@ def predict_files(
     """Predicts every image into a folder; what cannot be read gets an error row.
 
     Memory does not grow with the number of images. Pictures are at the input's own
-    resolution and named like the input, with another ending appended: no two inputs
-    have one.
+    resolution and named like the input, with another ending appended (and shortened,
+    see `files.fit_name`): no two inputs have one. One that cannot be written makes an
+    error row; what stops all of them, such as a full disk, stops the prediction.
 
     Args:
         detector: see `Detector.load`.
@@ -131,20 +148,19 @@ def predict_files(
         overlays: whether to write `overlays/<name>.png`.
         masks: whether to write `masks/<name>.png`, 0 or 255.
         maps: whether to write `maps/<name>.tiff`, float32.
+
+    Raises:
+        OutputTaken: another prediction has begun in the folder.
     """
     writers = {"overlays": overlays, "masks": masks, "maps": maps}
     wanted = [kind for kind, is_wanted in writers.items() if is_wanted]
-    output.mkdir(parents=True, exist_ok=True)
     total = sum(1 for _ in inputs)
-    encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
     anomalous = failed = 0
     with (
-        (output / CSV).open("w", newline="", **encoding) as a,
-        (output / JSON).open("w", **encoding) as b,
+        _claim(output) as tables,
         ThreadPoolExecutor(THREADS) as pool,
         progress(None, "predicting", total=total, announce=True) as bar,
     ):
-        csv.writer(a).writerow(COLUMNS)
         for batch in _batches(_prepare(detector, inputs, pool), detector.batch_size):
             good = [item for _, item in batch if isinstance(item, Prepared)]
             results = detector.predict(good) if good else iter(())
@@ -153,30 +169,55 @@ def predict_files(
                 row |= {"image": os.fspath(path), "name": inputs.name(path)}
                 if isinstance(item, Prepared):
                     result = next(results)
-                    try:
-                        _write_pictures(
-                            detector, result, path, output, row["name"], wanted
-                        )
-                    except UserError as error:  # the file is gone by now
-                        row["error"] = str(error)
-                        failed += 1
                     row |= {name: getattr(result, name) for name in SCORES}
                     row |= {"height": item.size[0], "width": item.size[1]}
+                    row["error"] = _write_pictures(
+                        detector, result, path, output, row["name"], wanted
+                    )
                     anomalous += result.is_anomalous
                 else:
                     row["error"] = item
-                    failed += 1
-                _write_row(row, a, b)
+                failed += row["error"] is not None
+                _write_row(row, *tables)
                 bar.update()
     return Counts(total, anomalous, failed)
+
+
+@contextlib.contextmanager
+def _claim(output: Path) -> Iterator[tuple[TextIO, TextIO]]:
+    """Begins the two tables in a folder that no other prediction has begun in."""
+    output.mkdir(parents=True, exist_ok=True)
+    encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
+    try:
+        table = (output / CSV).open("x", newline="", **encoding)
+    except FileExistsError as error:
+        raise OutputTaken(
+            "Expected --output to be a new or empty folder, found the rows of another "
+            f"prediction in {output}. Give another."
+        ) from error
+    with table, (output / JSON).open("x", **encoding) as lines:
+        csv.writer(table).writerow(COLUMNS)
+        yield table, lines
 
 
 def _expand(argument: str) -> list[Path]:
     path = Path(argument).expanduser()
     if path.exists():  # a name may hold a glob's signs
         return [path]
-    found = (Path(match) for match in glob.iglob(os.fspath(path), recursive=True))
-    return sorted(match for match in found if match.is_dir() or _is_image(match))
+    return sorted(m for m in _match(path) if m.is_dir() or _is_image(m))
+
+
+def _match(pattern: Path) -> set[Path]:
+    """What matches a glob; `**` are folders as a search finds them, without circles."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return {Path(found) for found in glob.iglob(os.fspath(pattern))}
+    k = parts.index("**")
+    starts = _match(Path(*parts[:k])) if k else {Path()}
+    if k == len(parts) - 1:
+        return {start for start in starts if start.is_dir()}
+    folders = (Path(glob.escape(str(f))) for s in starts for f, _ in _search(s))
+    return {m for folder in folders for m in _match(folder.joinpath(*parts[k + 1 :]))}
 
 
 def _absolute(path: Path) -> Path:
@@ -201,12 +242,44 @@ def _is_found_in(folders: set[Path], path: Path) -> bool:
 def _walk(folder: Path) -> Iterator[Path]:
     """The image files under a folder, and the folders that cannot be searched."""
     refused: list[Path] = []
-    for where, folders, names in os.walk(
-        folder, onerror=lambda error: refused.append(Path(error.filename))
-    ):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from filter(_is_image, (Path(where, name) for name in sorted(names)))
+    for where, names in _search(folder, refused):
+        yield from filter(_is_image, (where / name for name in names))
     yield from refused  # reading one fails, and becomes an error row
+
+
+def _search(
+    folder: Path, refused: list[Path] | None = None
+) -> Iterator[tuple[Path, list[str]]]:
+    """Finds a folder and all under it that are not hidden, links to folders, too.
+
+    Args:
+        folder: where to begin; nothing is found in what is no folder.
+        refused: gets the folders that cannot be searched.
+
+    Yields:
+        A folder and the names of its files, in their order.
+    """
+
+    def refuse(error: OSError) -> None:
+        if refused is not None:
+            refused.append(Path(error.filename))
+
+    for text, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        where = Path(text)
+        above = {os.path.realpath(f) for f in _between(folder, where)}
+        folders[:] = sorted(
+            name
+            for name in folders
+            # A link that leads back would be followed for ever.
+            if not name.startswith(".") and os.path.realpath(where / name) not in above
+        )
+        yield where, sorted(names)
+
+
+def _between(first: Path, last: Path) -> Iterable[Path]:
+    """Lists `last` and the folders above it, up to `first`."""
+    count = len(last.parts) - len(first.parts)
+    return (last, *last.parents[:count])
 
 
 def _prepare(
@@ -245,22 +318,49 @@ def _write_pictures(
     output: Path,
     name: str,
     wanted: Sequence[str],
-) -> None:
+) -> str | None:
+    """Writes an image's pictures; returns what is wrong with one of them, if any.
+
+    Raises:
+        OSError: no picture can be written, for the disk is full or the like.
+    """
     for kind in wanted:
-        target = output / kind / f"{name}{'.tiff' if kind == 'maps' else '.png'}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "maps":
-            picture = Image.fromarray(result.anomaly_map)
-        elif kind == "masks":
-            picture = Image.fromarray(result.mask.astype(np.uint8) * 255)
-        else:
-            # Read again: keeping a batch at its own resolution may fill the memory.
-            low, high = detector.display_range
-            drawn = figures.overlay(
-                read_image(path), result.mask, result.anomaly_map, low=low, high=high
+        ending = ".tiff" if kind == "maps" else ".png"
+        target = output / kind / Path(name)
+        target = target.with_name(files.fit_name(target.name, ending))
+        try:
+            picture = _draw(kind, detector, result, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(target)
+        except UserError as error:  # the file is gone by now, or another one
+            return str(error)
+        except OSError as error:
+            if error.errno not in OF_ONE_PICTURE:
+                error.filename = error.filename or os.fspath(target)
+                raise
+            return (
+                f"Expected to write {target}, found: {error.strerror or error}. The "
+                "scores are right."
             )
-            picture = Image.fromarray(drawn)
-        picture.save(target)
+    return None
+
+
+def _draw(kind: str, detector: Detector, result: Result, path: Path) -> Image.Image:
+    """Makes an image's overlay, mask or map."""
+    if kind == "maps":
+        return Image.fromarray(result.anomaly_map)
+    if kind == "masks":
+        return Image.fromarray(result.mask.astype(np.uint8) * 255)
+    # Read again: keeping a batch at its own resolution may fill the memory.
+    low, high = detector.display_range
+    pixels = read_image(path)
+    if pixels.shape[:2] != result.mask.shape:
+        raise UserError(
+            f"Expected {path} to stay as it was, found an image of another size there "
+            "now. Predict it again."
+        )
+    drawn = figures.overlay(pixels, result.mask, result.anomaly_map, low=low, high=high)
+    return Image.fromarray(drawn)
 
 
 def _write_row(row: dict[str, Any], table: TextIO, lines: TextIO) -> None:

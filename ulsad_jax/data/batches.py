@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from ulsad_jax.data.file_warnings import said_before
 from ulsad_jax.data.layouts import describe_unused
 from ulsad_jax.data.prepare import RecordsBuilder, find_builder
 from ulsad_jax.data.records import (
@@ -113,6 +114,8 @@ class Examples:
             gt_mask: bool [b, H, W], the union of the ground-truth channels.
             has_mask: bool [b], whether the defective pixels are known; of a normal
                 image it is known that there are none.
+            mask_lost: bool [b], whether there are defective pixels at original
+                resolution, but none in `gt_mask`.
             index: int32 [b], the example's place in `records`.
             valid: bool [b], False on rows that only fill up the batch.
         """
@@ -147,18 +150,21 @@ class Examples:
                 "label": np.int32(0),
                 "gt_mask": np.zeros(self.image_size, bool),
                 "has_mask": np.False_,
+                "mask_lost": np.False_,
                 "index": np.int32(0),
                 "valid": np.False_,
             }
         example = self.source[self.positions[i]]
-        gt_mask = np.zeros(self.image_size, bool)
-        for mask in example["masks"]["mask"]:
-            gt_mask |= resize_nearest(_decode(mask), self.image_size) > 0
+        gt_mask, is_defective = np.zeros(self.image_size, bool), False
+        for mask in map(_decode, example["masks"]["mask"]):
+            gt_mask |= resize_nearest(mask, self.image_size) > 0
+            is_defective |= bool(mask.any())
         return {
             "image": resize_bilinear(_decode(example["image"]), self.image_size),
             "label": np.int32(example["label"]),
             "gt_mask": gt_mask,
             "has_mask": np.bool_(example["has_mask"]),
+            "mask_lost": np.bool_(is_defective and not gt_mask.any()),
             "index": np.int32(i),
             "valid": np.True_,
         }
@@ -267,7 +273,7 @@ def _examples(
 
 def _read_ground_truth(example: dict[str, Any]) -> GroundTruth:
     masks = example["masks"]
-    with Image.open(io.BytesIO(example["image"])) as image:
+    with said_before(), Image.open(io.BytesIO(example["image"])) as image:
         width, height = image.size  # of the header
     decoded = np.zeros((len(masks["mask"]), height, width), bool)
     for mask, target in zip(masks["mask"], decoded, strict=True):
@@ -291,7 +297,7 @@ def _mix_seed(seed: int, category: str) -> int:
 
 
 def _decode(data: bytes) -> UInt8[np.ndarray, "h w *c"]:
-    with Image.open(io.BytesIO(data)) as image:
+    with said_before(), Image.open(io.BytesIO(data)) as image:
         return np.asarray(image)
 
 

@@ -32,6 +32,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from ulsad_jax.data.file_warnings import said_before
 from ulsad_jax.data.layouts import (
     btad,
     find_categories,
@@ -51,6 +52,7 @@ from ulsad_jax.data.records import (
     read_mask,
 )
 from ulsad_jax.data.survey import Survey
+from ulsad_jax.runtime import files
 from ulsad_jax.runtime.errors import UserError, storage_errors
 from ulsad_jax.runtime.progress import progress
 
@@ -117,7 +119,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         digest = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
         folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
         super().__init__(
-            data_dir=folder / f"{self.root.name}-{digest}",
+            data_dir=folder / files.fit_name(self.root.name, f"-{digest}"),
             config=config,
             file_format=file_format,
             version=version,
@@ -425,7 +427,7 @@ def _read_masks(
 
 def _is_plain(data: bytes) -> bool:
     """Whether any decoder makes 8-bit RGB of these bytes: such a PNG or JPEG."""
-    with Image.open(io.BytesIO(data)) as image:
+    with said_before(), Image.open(io.BytesIO(data)) as image:
         if image.format == "PNG":
             # Depth and colour type in the header: PIL opens 16-bit RGB as 8-bit.
             return data[24:26] == bytes((8, 2))

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ulsad_jax.data import lossy
+from ulsad_jax.data.file_warnings import naming
 from ulsad_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -268,7 +269,8 @@ def read_image(
             takes (178 956 970, against files that are small and unpack to fill the
             memory), or cannot be opened.
     """
-    return to_rgb(_open(path, data))
+    with naming(path):
+        return to_rgb(_open(path, data))
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
@@ -337,7 +339,8 @@ def _mask_values(path: Path, data: bytes) -> Shaped[np.ndarray, "h w"]:
 def _open(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Image:
     """Opens and decodes an image file whole."""
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
+        source = path if data is None else io.BytesIO(data)
+        with naming(path), Image.open(source) as image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

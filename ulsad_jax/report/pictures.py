@@ -59,7 +59,7 @@ def write(
                 high=calibration.display_high,
                 threshold=weights.thresholds.pixel,
             )
-            Image.fromarray(drawn).save(target / f"{results.file_name(stems[i])}.png")
+            Image.fromarray(drawn).save(target / results.file_name(stems[i], ".png"))
             if i == rows[0]:
                 shown.append((f"test/{kind}", drawn))
     return shown

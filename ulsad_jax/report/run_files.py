@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ulsad_jax.data.records import GOOD
 from ulsad_jax.runs import results
+from ulsad_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,20 +105,38 @@ class RunFiles:
 
 
 def read(workdir: Path) -> RunFiles:
-    """Reads an evaluated run's files."""
-    document = json.loads((workdir / "results.json").read_text())
+    """Reads an evaluated run's files.
+
+    Raises:
+        UserError: one that is needed is missing or damaged.
+    """
+    command = f"`python eval.py --workdir={shlex.quote(str(workdir))}`"
+    with _needed(workdir / "results.json", command) as path:
+        document = json.loads(path.read_text())
+        metrics, decisions = document.pop("categories"), document["decisions"]
+        document.pop("mean")
+    with _needed(workdir / "config.json", "the train.py command of this run") as path:
+        config = json.loads(path.read_text())
     categories = [
         _read_category(
-            workdir / results.file_name(name),
-            name,
-            metrics,
-            document["decisions"][name],
+            workdir / results.file_name(name), name, row, decisions[name], command
         )
-        for name, metrics in document.pop("categories").items()
+        for name, row in metrics.items()
     ]
-    document.pop("mean")
-    config = json.loads((workdir / "config.json").read_text())
     return RunFiles(workdir.resolve().name, document, config, categories)
+
+
+@contextlib.contextmanager
+def _needed(path: Path, command: str) -> Iterator[Path]:
+    """Says what makes a file again, if reading it fails."""
+    try:
+        yield path
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = "nothing there" if isinstance(error, FileNotFoundError) else repr(error)
+        raise UserError(
+            f"Expected {path}, which the report is made of, found {found}. Run "
+            f"{command}, which writes it again."
+        ) from error
 
 
 def _read_category(
@@ -123,23 +144,32 @@ def _read_category(
     name: str,
     metrics: dict[str, float | None],
     decisions: dict[str, dict[str, Any]],
+    command: str,
 ) -> CategoryFiles:
+    with _needed(folder / "scores.csv", command) as path:
+        scores = list(_read_scores(path))
+    with _needed(folder / "curves.json", command) as path:
+        curves = _read_json(path)
     return CategoryFiles(
         name=name,
         metrics=results.with_nan(metrics),
         **decisions,
-        scores=list(_read_scores(folder)),
+        scores=scores,
         epochs=list(_read_epochs(folder / "metrics.jsonl")),
-        curves=_read_json(folder / "curves.json"),
+        curves=curves,
         stages=_read_json(folder / "stages.json"),
     )
 
 
-def _read_scores(folder: Path) -> Iterable[Scored]:
-    with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+def _read_scores(path: Path) -> Iterable[Scored]:
+    pictures = path.parent / "pictures"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if "score" not in (rows.fieldnames or ()):  # even where there are no rows
+            raise ValueError("no table of scores")
+        for row in rows:
             stem = row["name"].removeprefix(f"{row['type']}/")
-            picture = f"{results.file_name(stem)}.png"
+            picture = results.file_name(stem, ".png")
             yield Scored(
                 name=row["name"],
                 type=row["type"],
@@ -148,7 +178,7 @@ def _read_scores(folder: Path) -> Iterable[Scored]:
                 is_anomalous=row["is_anomalous"] == "True",
                 local=float(row["local_score"]),
                 global_=float(row["global_score"]),
-                picture=folder / "pictures" / results.file_name(row["type"]) / picture,
+                picture=pictures / results.file_name(row["type"]) / picture,
             )
 
 

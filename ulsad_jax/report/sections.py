@@ -68,7 +68,12 @@ def tabulate_results(run: RunFiles) -> str:
             tables.append(_tabulate_metrics(f"{title} by type", rows, columns))
     if not any(row.get("test_images") for row in rows.values()):
         tables = ['<p class="note">There are no test images: nothing is measured.</p>']
-    return "".join(tables) + _tabulate_decisions(run.categories)
+    notes = "".join(
+        f'<p class="note">{escape(f"{name}, {note}")}</p>'
+        for name, row in rows.items()
+        for note in results.pixel_notes(row)
+    )
+    return "".join(tables) + notes + _tabulate_decisions(run.categories)
 
 
 def draw_category(category: CategoryFiles) -> str:

@@ -75,7 +75,6 @@ class CategoryRun:
         self._pyramid = training.make_pyramid(config)
         self._model = training.make_model(config)
         self._devices = parallel.find_devices(config.parallel.devices)
-        self._batch_size = self._devices.round_up(config.evaluation.batch_size)
         self._predict = inference.make_predict_step(self._pyramid, self._model)
 
     def fit(self) -> int:
@@ -164,7 +163,7 @@ class CategoryRun:
             loss_fn,
             normals.validation,
             devices=self._devices,
-            batch_size=self._batch_size,
+            batch_size=self._batch_size(self._data.validation),
             method=config.calibration,
             numbers=numbers,
             **config.threshold,
@@ -287,6 +286,7 @@ class CategoryRun:
         metrics |= evaluation.pixel_level(
             truth.masks, truth.has_mask, prediction.anomaly_map
         )
+        metrics["masks_lost"] = int(truth.mask_lost.sum())
         metrics |= evaluation.decision_level(prediction, truth, thresholds)
         maps = prediction.anomaly_map
         original = self._config.evaluation.original_resolution
@@ -433,9 +433,14 @@ class CategoryRun:
         )
 
     def _batches(self, split: Examples, title: str) -> Iterable[dict[str, np.ndarray]]:
-        own = self._devices.own(self._batch_size)
+        size = self._batch_size(split)
         return progress(
-            map(hosts.gather, split.batches(self._batch_size, own)),
+            map(hosts.gather, split.batches(size, self._devices.own(size))),
             f"[{self._title}] {title}",
-            total=-(-len(split) // self._batch_size),
+            total=-(-len(split) // size),
         )
+
+    def _batch_size(self, split: Examples) -> int:
+        """Images at once, rounded up to the devices: no more than the split has."""
+        count = min(self._config.evaluation.batch_size, max(1, len(split)))
+        return self._devices.round_up(count)

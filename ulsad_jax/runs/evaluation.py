@@ -31,6 +31,7 @@ class Truth(NamedTuple):
         masks: [n, h, w] bool at model resolution.
         has_mask: [n]; False for an anomalous image without ground truth, or with
             an empty one.
+        mask_lost: [n]; True where there are defective pixels on disk, none in `masks`.
         images: [n, h, w, 3] uint8 at model resolution.
     """
 
@@ -38,6 +39,7 @@ class Truth(NamedTuple):
     types: Sequence[str]
     masks: np.ndarray
     has_mask: np.ndarray
+    mask_lost: np.ndarray
     images: np.ndarray
 
 
@@ -52,7 +54,7 @@ def predict_split(
 
     Args:
         predict: from images to a prediction.
-        batches: with image, label, gt_mask, has_mask, valid and index.
+        batches: see `pipeline.Examples.batches`.
         types: of every image of the split.
         image_size: (height, width) of the maps.
     """
@@ -71,6 +73,7 @@ def predict_split(
         types=types,
         masks=np.zeros((n, *image_size), bool),
         has_mask=np.zeros(n, bool),
+        mask_lost=np.zeros(n, bool),
         images=np.zeros((n, *image_size, 3), np.uint8),
     )
     for batch in batches:
@@ -83,6 +86,7 @@ def predict_split(
         truth.labels[rows] = batch["label"][valid]
         truth.masks[rows] = batch["gt_mask"][valid]
         truth.has_mask[rows] = batch["has_mask"][valid]
+        truth.mask_lost[rows] = batch["mask_lost"][valid]
         truth.images[rows] = batch["image"][valid]
     return prediction, truth
 

@@ -96,7 +96,7 @@ def write_maps(
         large = resize_map(maps[i], examples.ground_truth(i).masks.shape[1:])
         target = folder / "test" / results.file_name(record.type)
         target.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(large).save(target / f"{results.file_name(record.stem)}.tiff")
+        Image.fromarray(large).save(target / results.file_name(record.stem, ".tiff"))
 
 
 def _au_spro(stream: PixelStream) -> dict[str, float]:

@@ -25,9 +25,11 @@ TABLE = {
     "image_average_precision": "image AP",
     "image_f1_max": "image F1",
     "pixel_auroc": "pixel AUROC",
+    "pixel_auroc_original": "pixel AUROC (original size)",
     "pixel_average_precision": "pixel AP",
     "pixel_f1_max": "pixel F1",
     "aupro": "AUPRO",
+    "aupro_original": "AUPRO (original size)",
     "au_spro_0.05": "AU-sPRO 0.05",
 }
 SCORES = (
@@ -114,11 +116,7 @@ def table(
             if types:
                 listed = ", ".join(f"{k} {_percent(v)}" for k, v in types.items())
                 lines.append(f"{name}, {title} by type: {listed}")
-        if left_out := row.get("pixel_images_left_out"):
-            lines.append(
-                f"{name}, pixel metrics leave out {left_out} anomalous images "
-                "without a mask or with an empty one."
-            )
+        lines += [f"{name}, {note}" for note in pixel_notes(row)]
         if name in about.get("decisions", {}):
             lines += _decision_lines(name, row, **about["decisions"][name])
     if about["selected_on_test"]:
@@ -127,6 +125,29 @@ def table(
             "(the reference's protocol); do not compare with honest results."
         )
     return "\n".join(lines)
+
+
+def pixel_notes(row: Mapping[str, float]) -> list[str]:
+    """Returns what pixel metrics of a category do not see, a sentence each."""
+    notes = []
+    left_out = int(row.get("pixel_images_left_out", 0))
+    if left_out:
+        notes.append(
+            f"pixel metrics leave out {left_out} anomalous images without a "
+            "mask or with an empty one."
+        )
+    if lost := int(row.get("masks_lost", 0)):
+        advice = (
+            "see the metrics at original size"
+            if "aupro_original" in row
+            else "measure with --config.evaluation.original_resolution=True"
+        )
+        notes.append(
+            f"{lost} of {int(row['test_anomalous']) - left_out} masks have no pixel "
+            "left at model resolution, whose pixel metrics do not see these defects: "
+            f"{advice}, or set a larger config.image_size."
+        )
+    return notes
 
 
 def finite(row: Mapping[str, float]) -> dict[str, float | None]:
@@ -139,12 +160,17 @@ def with_nan(row: Mapping[str, float | None]) -> dict[str, float]:
     return {k: math.nan if v is None else v for k, v in row.items()}
 
 
-def file_name(name: str) -> str:
-    """A name as a file name, which cannot leave its folder and is no other name's."""
+def file_name(name: str, ending: str = "") -> str:
+    """A name as a file name, which cannot leave its folder and is no other name's.
+
+    Args:
+        name: any text.
+        ending: to append, such as ".png"; see `files.fit_name`.
+    """
     plain = re.sub(r"[^\w.-]", "_", name).lstrip(".")
-    if plain == name != "":
-        return name
-    return f"{plain or '_'}-{zlib.crc32(os.fsencode(name)):08x}"
+    if not plain or plain != name:
+        plain = f"{plain or '_'}-{zlib.crc32(os.fsencode(name)):08x}"
+    return files.fit_name(plain, ending)
 
 
 def _decision_lines(

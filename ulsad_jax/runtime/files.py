@@ -1,12 +1,30 @@
-"""Writing a file whole or not at all."""
+"""Names of files, and writing a file whole or not at all."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+LONGEST_NAME = 255  # bytes, of what file systems take
+
+
+def fit_name(stem: str, ending: str = "") -> str:
+    """Returns a file's name, `stem` and `ending`, that a file system takes.
+
+    What is longer than 255 bytes is cut between two characters; a hash of the whole
+    stem keeps two long names apart.
+    """
+    if len(os.fsencode(stem + ending)) <= LONGEST_NAME:
+        return stem + ending
+    end = f"-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]}{ending}"
+    while len(os.fsencode(stem + end)) > LONGEST_NAME:
+        stem = stem[:-1]
+    return stem + end
 
 
 def find_content(path: Path) -> str:

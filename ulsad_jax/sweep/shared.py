@@ -110,6 +110,6 @@ def _join(splits: Sequence[Examples], size: int) -> Iterator[dict[str, np.ndarra
     """The batches of one split after the other, numbered on."""
     start = 0
     for split in splits:
-        for batch in split.batches(size):
+        for batch in split.batches(min(size, len(split))):
             yield batch | {"index": batch["index"] + start}
         start += len(split)

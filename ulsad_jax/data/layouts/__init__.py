@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -48,14 +49,17 @@ def find_categories(name: str, root: Path) -> list[str]:
             "the name, or use 'folder' or 'table' for your own images."
         )
     is_table = LAYOUTS[name] is table
-    if not (root.is_file() if is_table else root.is_dir()):
+    with _readable(root):
+        is_there = root.is_file() if is_table else root.is_dir()
+    if not is_there:
         found = "something else" if root.exists() else "nothing there"
         raise UserError(
             f"Expected the data root of {name!r} to be a "
             f"{'CSV file' if is_table else 'folder'}, found {found}: {root}. Correct "
             "the path, or get the data (README, section Real data)."
         )
-    found = LAYOUTS[name].categories(root)
+    with _readable(root):
+        found = LAYOUTS[name].categories(root)
     if not found:
         raise UserError(
             f"Expected categories of {name!r} in {root}, found none. Give the folder "
@@ -96,7 +100,21 @@ def find_records(name: str, root: Path, category: str) -> list[Record]:
             cannot be trained on.
     """
     select_categories(name, root, [category])
-    return check(LAYOUTS[name].records(root, category), root)
+    with _readable(root):
+        records = LAYOUTS[name].records(root, category)
+    return check(records, root)
+
+
+@contextlib.contextmanager
+def _readable(root: Path) -> Iterator[None]:
+    """Names the file or folder of the data that may not be read."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(
+            f"Expected data that may be read, found {error.filename or root}: "
+            "permission denied. Allow it to be read, or remove it from the data."
+        ) from error
 
 
 def describe_unused(

@@ -85,7 +85,8 @@ def read_rows(table: Path, columns: Collection[str]) -> list[Row]:
 
     Raises:
         UserError: there is no such file; it is not UTF-8 or not CSV; it lacks one of
-            `columns`; a row has an empty cell there, or more cells than the header.
+            `columns` or any row; a row has an empty cell there, or more cells than the
+            header.
     """
     lines = _read_lines(table)
     header = [cell.strip().lower() for cell in lines[0][1]] if lines else []
@@ -95,6 +96,11 @@ def read_rows(table: Path, columns: Collection[str]) -> list[Row]:
             f"Expected the first row of {table} to name the columns "
             f"{', '.join(columns)}, found {', '.join(header) or 'nothing'}. Add "
             f"{', '.join(missing)}; commas separate columns."
+        )
+    if len(lines) == 1:
+        raise UserError(
+            f"Expected a row for each image in {table}, found the header alone, and no "
+            "rows. Add them below it."
         )
     return [_read_row(table, *line, header, columns) for line in lines[1:]]
 

@@ -257,7 +257,11 @@ def _write_pictures(
             # Read again: keeping a batch at its own resolution may fill the memory.
             low, high = detector.display_range
             drawn = figures.overlay(
-                read_image(path), result.mask, result.anomaly_map, low=low, high=high
+                read_image(path, white_level=detector.white_level),
+                result.mask,
+                result.anomaly_map,
+                low=low,
+                high=high,
             )
             picture = Image.fromarray(drawn)
         picture.save(target)

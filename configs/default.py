@@ -38,6 +38,10 @@ def get_config(category: str = "all") -> ConfigDict:
     dataset.category = category
     # Share of the training normals held out where there is no validation split.
     dataset.validation_fraction = 0.1
+    # The value that means white in files of more than 8 bits a channel: 4095 of 12 bits
+    # in 16-bit files, 1.0 of most floating-point ones. What is above is white, too. 0:
+    # 65535 in 16-bit files, others are refused. 8-bit files stay as they are.
+    dataset.white_level = 0.0
     # Where prepared and drawn data sets and compiled programs are kept; safe to delete.
     dataset.cache_dir = "~/.cache/ulsad_jax"
     # What is drawn when `name` is "synthetic" and the category is not there yet.

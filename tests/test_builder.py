@@ -3,10 +3,8 @@ from __future__ import annotations
 import io
 import pickle
 import socket
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import ulsad_jax.data
-from tests import trees
+from tests import formats, trees
 from ulsad_jax.data import prepare as builder_module
 from ulsad_jax.data.layouts import LAYOUTS, find_records
 from ulsad_jax.data.prepare import BUILDERS, RecordsBuilder, find_builder, to_example
@@ -255,12 +253,12 @@ from ulsad_jax.data import prepare as builder
 root, cache, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 to_example, read = builder.to_example, []
 
-def slow(record, survey):
+def slow(record, *others):
     read.append(record)
     if len(read) == dies_at:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.02)
-    return to_example(record, survey)
+    return to_example(record, *others)
 
 builder.to_example = slow
 data = builder.MvtecLoco(root=root, config="pushpins", data_dir=cache)
@@ -320,34 +318,19 @@ def write_format(path: Path, kind: str) -> Path:
     if kind == "png, 16 bit":
         Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(path, "PNG")
     elif kind == "png, 16 bit RGB":
-        path.write_bytes(encode_png_16_bit(pixels[..., :3]))
+        formats.write_png_16_bit(path, pixels[..., :3].astype(np.uint16) * 257)
     elif kind == "png, RGBA":
         Image.fromarray(pixels).save(path, "PNG")
     elif kind == "jpeg, CMYK":
         rgb.convert("CMYK").save(path, "JPEG")
+    elif "EXIF" in kind:
+        ending, orientation = kind.split(", EXIF ")
+        path = path.with_suffix(f".{ending}")
+        formats.save(path, pixels[..., :3], int(orientation))
     else:
         format_, mode = kind.split(", ")
         rgb.convert(mode).save(path, format_.upper())
     return path
-
-
-def encode_png_16_bit(pixels: np.ndarray) -> bytes:
-    """PIL cannot write these."""
-    height, width, _ = pixels.shape
-    rows = b"".join(
-        b"\0" + (257 * row.astype(">u4")).astype(">u2").tobytes() for row in pixels
-    )
-    chunks = {
-        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0),
-        b"IDAT": zlib.compress(rows),
-        b"IEND": b"",
-    }
-    data = b"\x89PNG\r\n\x1a\n"
-    for kind, content in chunks.items():
-        check = zlib.crc32(kind + content)
-        data += struct.pack(">I", len(content)) + kind + content
-        data += struct.pack(">I", check)
-    return data
 
 
 @pytest.mark.parametrize(
@@ -367,16 +350,81 @@ def encode_png_16_bit(pixels: np.ndarray) -> bytes:
         ("bmp, RGB", False),
         ("tiff, RGB", False),
         ("webp, RGB", False),
+        *((f"{kind}, EXIF {i}", i == 1) for kind in ("png", "jpg") for i in (1, 3, 6)),
     ],
 )
-def test_any_image_file_becomes_8_bit_rgb(tmp_path, kind, kept):
+def test_any_image_file_becomes_upright_8_bit_rgb(tmp_path, kind, kept):
     path = write_format(tmp_path / "image", kind)
     data = to_example(Record(path, "train"), Survey())["image"]
     assert (data == path.read_bytes()) == kept
     with Image.open(io.BytesIO(data)) as image:
         assert image.format in ("PNG", "JPEG")
         assert image.mode == "RGB"
+        assert image.getexif().get(0x0112, 1) == 1
         np.testing.assert_array_equal(np.asarray(image), read_image(path))
+
+
+def write_deep(root: Path, name: str, factor: float) -> Path:
+    for i in range(3):
+        folder = root / "train" / "good"
+        path = formats.save_deep(folder, name, formats.draw(i), factor=factor)
+        path.rename(folder / f"{i}{path.suffix}")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "level"),
+    [
+        ("grey16.png", 1, "255"),
+        ("grey16.tif", 4, "1023"),
+        ("rgb16.png", 16, "4095"),
+        ("rgba16.tif", 16, "4095"),
+        ("grey16.png", 64, ""),
+        ("rgb16.tif", 257, ""),
+    ],
+)
+def test_16_bits_that_are_not_used_are_noticed(tmp_path, cache, name, factor, level):
+    root = write_deep(tmp_path / "mine", name, factor)
+    remarks = build("folder", root, None, cache).read_survey().remarks
+    if not level:
+        assert not remarks
+        return
+    (remark,) = remarks
+    assert remark.startswith("3 files have 16 bits a channel, but no value above")
+    assert f"--config.dataset.white_level={level}: {root}" in remark
+    again = find_builder("folder")(root=root, data_dir=cache, white_level=float(level))
+    again.download_and_prepare()
+    assert not again.read_survey().remarks
+
+
+def test_one_bright_image_of_16_bits_is_enough(tmp_path, cache):
+    root = write_deep(tmp_path / "mine", "grey16.png", 16)
+    formats.save_deep(root / "test" / "dent", "grey16.png", formats.draw(), factor=257)
+    assert not build("folder", root, None, cache).read_survey().remarks
+
+
+def test_values_above_the_white_level_are_noticed(tmp_path, cache):
+    root = write_deep(tmp_path / "mine", "grey16.png", 16)
+    builder = find_builder("folder")(root=root, data_dir=cache, white_level=1023)
+    builder.download_and_prepare()
+    (remark,) = builder.read_survey().remarks
+    assert remark.startswith("3 files have values above config.dataset.white_level")
+
+
+def test_white_levels_are_prepared_side_by_side(tmp_path, cache, capfd):
+    root = write_deep(tmp_path / "mine", "grey16.png", 16)
+    builders = {}
+    for level in (0.0, 1020.0, 4080.0) * 2:
+        builders[level] = find_builder("folder")(
+            root=root, data_dir=cache, white_level=level
+        )
+        builders[level].download_and_prepare()
+        source = builders[level].as_data_source("train")
+        source = pickle.loads(pickle.dumps(source))
+        expected = np.minimum(formats.draw()[..., 0] * (4080 / (level or 65535)), 255)
+        np.testing.assert_array_equal(source[0]["image"][..., 0], np.rint(expected))
+    assert capfd.readouterr().err.count("Building") == 3
+    assert len({builder.fingerprint for builder in builders.values()}) == 3
 
 
 def test_an_anomalous_image_may_have_no_mask(tmp_path, cache):

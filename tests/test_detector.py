@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import ulsad_jax
-from tests import runs
+from tests import formats, runs
 from ulsad_jax.data.resize import resize_map
 from ulsad_jax.runtime.errors import UserError
 
@@ -111,8 +111,11 @@ def test_every_kind_of_image_is_its_rgb(detector):
     ):
         assert_same(detector(image), expected)
     color = draw(32, 40, 4)
+    deep = color.astype(np.uint16) * 257
     expected = detector(color[..., :3])
     assert_same(detector(color), expected)
+    assert_same(detector(deep), expected)
+    assert_same(detector(deep[..., :3]), expected)
     assert_same(detector(Image.fromarray(color, "RGBA")), expected)
     palette = Image.fromarray(color[..., :3]).quantize(8)
     assert_same(detector(palette), detector(np.asarray(palette.convert("RGB"))))
@@ -129,10 +132,9 @@ def test_odd_images_have_a_result(detector, shape, value):
 @pytest.mark.parametrize(
     "wrong",
     [
-        draw(8, 8, 3) / 255,
         draw(8, 8, 3) > 0,
         draw(8, 8, 2),
-        draw(8, 8, 3, dtype=np.uint16),
+        draw(8, 8, 2) / 255,
         draw(0, 8, 3),
         draw(8),
         pytest.param(Image.new("RGB", (0, 3)), id="empty"),
@@ -144,6 +146,73 @@ def test_odd_images_have_a_result(detector, shape, value):
 def test_what_is_no_image_is_refused(detector, wrong):
     with pytest.raises(ValueError, match="Expected an image as uint8"):
         detector(wrong)
+
+
+def load(path):
+    image = Image.open(path.open("rb"))
+    image.load()
+    return image
+
+
+@pytest.mark.parametrize(
+    "open_as", [str, Image.open, load], ids=["path", "lazy", "load"]
+)
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+def test_one_scene_held_in_any_way(detector, tmp_path, ending, open_as):
+    expected = detector(formats.draw())
+    for orientation in formats.ORIENTATIONS:
+        path = tmp_path / f"{orientation}.{ending}"
+        formats.save(path, formats.draw(), orientation)
+        result = detector(open_as(path))
+        assert result.score == expected.score
+        np.testing.assert_array_equal(result.anomaly_map, expected.anomaly_map)
+
+
+@pytest.mark.parametrize("white", [formats.WHITE, 0])
+@pytest.mark.parametrize("name", formats.DEEP)
+def test_deep_images_as_path_and_pil(finished, detector, tmp_path, name, white):
+    pixels = formats.draw_grey()
+    path = formats.save_deep(tmp_path, name, pixels, factor=16 if white else 257)
+    if white:
+        detector = load_with_white_level(finished, tmp_path, white)
+    elif name in ("int32.tif", "float.tif"):
+        for image in (path, Image.open(path)):
+            with pytest.raises(UserError, match=r"config\.dataset\.white_level, found"):
+                detector(image)
+        return
+    expected = detector(pixels)
+    for image in (path, Image.open(path)):
+        assert detector(image).score == expected.score
+
+
+def load_with_white_level(finished, folder, white):
+    """As if the run had been trained with one: its 8-bit images would be the same."""
+    run = runs.copy(finished, folder)
+    path = run.workdir / "config.json"
+    fields = json.loads(path.read_text())
+    fields["dataset"]["white_level"] = float(white)
+    path.write_text(json.dumps(fields))
+    return ulsad_jax.Detector.load(run.workdir)
+
+
+def test_arrays_and_the_white_level(finished, detector, tmp_path):
+    pixels = formats.draw()
+    grey = pixels[..., 0]
+    leveled = load_with_white_level(finished, tmp_path, 1020)
+    for image, same in (
+        (grey.astype(np.uint16) * 4, grey),
+        (pixels.astype(np.uint16) * 4, pixels),
+        (grey.astype(np.int32) * 4, grey),
+        (pixels * 4.0, pixels),
+        (pixels.astype(np.float32) * 4, pixels),
+        (pixels, pixels),
+    ):
+        assert leveled(image).score == detector(same).score
+    for image in (pixels / 255, grey.astype(np.int32)):
+        with pytest.raises(UserError, match=rf"found an array of {image.dtype} with"):
+            detector(image)
+    with pytest.raises(UserError, match="finite values in an array of float64"):
+        leveled(np.full((8, 8), np.nan))
 
 
 def test_unreadable_file(detector, tmp_path):

@@ -14,7 +14,7 @@ from jax import export as jax_export
 from PIL import Image
 
 import ulsad_jax
-from tests import runs
+from tests import formats, runs
 from ulsad_jax import artifact, export, export_onnx
 from ulsad_jax.data.resize import resize_bilinear
 from ulsad_jax.runs import trained
@@ -41,9 +41,14 @@ sys.meta_path.insert(0, Refuse())
 """
 # After the README's example, which opens bottle.zip and photo.png.
 BATCHES = """
+from pathlib import Path
+
 images = np.load("images.npy")
 assert list(images.shape[1:3]) == about["image_size"]
 found = {f"{name}/photo": value for name, value in found.items()}
+for path in (path for path in Path("formats").rglob("*") if path.is_file()):
+    image = resize(load(path, about["white_level"]), about["image_size"])
+    found[str(path)] = detect(image[None])["score"][0]
 for count in (1, 3, 8):
     for name, value in jax.device_get(detect(images[:count])).items():
         found[f"{name}/{count}"] = value
@@ -75,24 +80,33 @@ def read(path):
         return metadata, jax_export.deserialize(bytearray(file.read("model.jax")))
 
 
+def run_example(folder, program):
+    """Runs what the README says, and then `program`, where JAX is alone."""
+    section = (runs.REPOSITORY / "README.md").read_text().split("## Export\n")[1]
+    example = section.split("```python\n")[1].split("```")[0]
+    ran = subprocess.run(
+        [sys.executable, "-c", ALONE + example + program],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return np.load(folder / "out.npz")
+
+
 def test_same_numbers_where_jax_is_alone(finished, exported, images, tmp_path):
     np.save(tmp_path / "images.npy", images)
     photo = np.random.default_rng(0).integers(0, 256, (50, 90, 3)).astype(np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     shutil.copy(exported, tmp_path / "bottle.zip")
-    section = (runs.REPOSITORY / "README.md").read_text().split("## Export\n")[1]
-    example = section.split("```python\n")[1].split("```")[0]
-    ran = subprocess.run(
-        [sys.executable, "-c", ALONE + example + BATCHES],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert ran.returncode == 0, ran.stderr
-    found = np.load(tmp_path / "out.npz")
+    paths = formats.write_all(tmp_path / "formats")
+    found = run_example(tmp_path, BATCHES)
     detector = ulsad_jax.Detector.load(finished.workdir)
     score = detector(tmp_path / "photo.png").score
     assert found["score/photo"] == pytest.approx(score, rel=1e-5, abs=1e-5)
+    for path, result in zip(paths, detector(paths), strict=True):
+        score = found[str(path.relative_to(tmp_path))]
+        assert score == pytest.approx(result.score, rel=1e-5, abs=1e-5), path
     expected = detector(list(images))
     rows = runs.read_scores(finished.workdir)
     near = {"rtol": 1e-5, "atol": 1e-5}
@@ -116,6 +130,33 @@ def test_same_numbers_where_jax_is_alone(finished, exported, images, tmp_path):
             )
     for i, row in enumerate(rows):  # of the evaluation
         np.testing.assert_allclose(found["score/8"][i], float(row["score"]), **near)
+
+
+def test_deep_images_where_jax_is_alone(finished, tmp_path):
+    """A run's white level comes with the file."""
+    run = runs.copy(finished, tmp_path)
+    config = json.loads((run.workdir / "config.json").read_text())
+    config["dataset"]["white_level"] = float(formats.WHITE)
+    (run.workdir / "config.json").write_text(json.dumps(config))
+    flags = [f"--workdir={run.workdir}", f"--output={tmp_path / 'bottle.zip'}"]
+    export.main([*flags, "--platforms=cpu"])
+    formats.save(tmp_path / "photo.png", formats.draw_grey())
+    for name in formats.DEEP.keys() - {"la16.png"}:
+        formats.save_deep(tmp_path / "deep", name, formats.draw_grey(), factor=16)
+    program = """
+from pathlib import Path
+
+scores = {
+    path.name: detect(resize(load(path, about["white_level"]), (64, 64))[None])["score"]
+    for path in Path("deep").iterdir()
+}
+np.savez("out.npz", **scores, photo=found["score"])
+"""
+    found = run_example(tmp_path, program)
+    expected = ulsad_jax.Detector.load(run.workdir)(tmp_path / "photo.png").score
+    assert len(found) == len(formats.DEEP)
+    for score in found.values():
+        assert score[0] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_what_the_file_says(finished, exported, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import trees
+from tests import formats, trees
 from ulsad_jax.data.records import (
     ANOMALOUS,
     NORMAL,
@@ -88,6 +88,110 @@ def test_read_16_bit(tmp_path, ending, kind):
     expected = np.round(values / 257)
     np.testing.assert_array_equal(read_image(path)[..., 0], expected)
     np.testing.assert_array_equal(read_image(path)[..., 2], expected)
+
+
+@pytest.mark.parametrize("orientation", formats.ORIENTATIONS)
+@pytest.mark.parametrize("ending", ["png", "tif", "webp", "jpg"])
+def test_read_as_viewers_show_it(tmp_path, ending, orientation):
+    path = formats.save(tmp_path / f"a.{ending}", formats.draw(), orientation)
+    within = 8 if ending == "jpg" else 0
+    np.testing.assert_allclose(read_image(path), formats.draw(), atol=within)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_read_a_turned_deep_tiff(tmp_path, compression):
+    values = formats.draw()[..., 0].astype(np.uint16)
+    image, exif = formats.hold(Image.fromarray(values), 6)
+    image.save(tmp_path / "a.tif", exif=exif, compression=compression)
+    found = read_image(tmp_path / "a.tif", white_level=255)
+    np.testing.assert_array_equal(found[..., 0], values)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("exif", [b"", b"no TIFF header", b"II*\0\x08\0\0\0\xff\xff"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_turns_nothing(tmp_path, ending, exif):
+    pixels = np.full((8, 6, 3), 100, np.uint8)
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(pixels).save(path, exif=b"Exif\0\0" + exif)
+    np.testing.assert_allclose(read_image(path), pixels, atol=2)
+
+
+@pytest.mark.parametrize("name", formats.DEEP)
+def test_read_deep_values_by_their_white_level(tmp_path, name):
+    pixels = formats.draw()
+    channels = [0, 1, 2] if name.startswith("rgb") else [0, 0, 0]
+    path = formats.save_deep(tmp_path, name, pixels, factor=16)
+    found = read_image(path, white_level=formats.WHITE)
+    np.testing.assert_array_equal(found, pixels[..., channels])
+    found = read_image(path, white_level=formats.WHITE / 4)
+    expected = np.minimum(4 * pixels[..., channels].astype(int), 255)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["rgb16.png", "rgb16.tif", "rgb16_big_endian.tif"])
+def test_every_bit_of_16_bit_colour_counts(tmp_path, name):
+    values = np.random.default_rng(0).integers(0, 4096, (20, 30, 3))
+    path = formats.save_deep(tmp_path, name, values, factor=1)
+    expected = np.rint(255 * values / 4095)
+    np.testing.assert_array_equal(read_image(path, white_level=4095), expected)
+
+
+def test_read_floats(tmp_path):
+    path = formats.save_deep(tmp_path, "float.tif", formats.draw(), factor=1 / 255)
+    found = read_image(path, white_level=1)
+    np.testing.assert_array_equal(found[..., 0], formats.draw()[..., 0])
+
+
+@pytest.mark.parametrize("white_level", [0.0, 65535.0])
+def test_16_bits_that_all_count(tmp_path, white_level):
+    for name in ("grey16.png", "rgb16.tif"):
+        path = formats.save_deep(tmp_path, name, formats.draw(), factor=257)
+        found = read_image(path, white_level=white_level)
+        np.testing.assert_array_equal(found[..., 0], formats.draw()[..., 0])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_8_bits_have_no_white_level(tmp_path, name):
+    path = formats.save(tmp_path / name, formats.draw())
+    expected = read_image(path)
+    np.testing.assert_array_equal(read_image(path, white_level=100), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "message"),
+    [
+        ("float.tif", 1 / 255, r"float\.tif with floating.*white_level=1,"),
+        ("float.tif", 1, r"floating-point numbers from 0 to .*white_level=255,"),
+        ("int32.tif", 16, r"int32\.tif with integers from 0 .*white_level=4095,"),
+    ],
+)
+def test_values_that_need_a_white_level(tmp_path, name, factor, message):
+    path = formats.save_deep(tmp_path, name, formats.draw(), factor=factor)
+    with pytest.raises(UserError, match=message):
+        read_image(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite(tmp_path, value):
+    pixels = np.full((3, 4), 0.5, np.float32)
+    pixels[1, 1] = value
+    with pytest.raises(UserError, match=r"finite values in .*a\.tif"):
+        read_image(save(pixels, tmp_path / "a.tif"), white_level=1)
+
+
+def test_colours_whose_bits_cannot_all_be_read(tmp_path):
+    values = np.full((3, 4, 4), 3000, np.uint16)
+    path = tmp_path / "cmyk.tif"
+    formats.write_tiff_16_bit(path, values, photometric=5)
+    assert read_image(path).shape == (3, 4, 3)
+    with pytest.raises(UserError, match=r"cmyk\.tif as CMYK.*Save it"):
+        read_image(path, white_level=4095)
+    path = tmp_path / "planes.tif"
+    formats.write_tiff_16_bit(path, values[..., :3], planar=True)
+    for white_level in (0, 4095):
+        with pytest.raises(UserError, match=r"planes\.tif as one plane a channel"):
+            read_image(path, white_level=white_level)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "bmp"])
@@ -245,6 +349,15 @@ def test_read_mask_in_printing_colours(tmp_path, ending):
     path = tmp_path / f"m.{ending}"
     with pytest.raises(UserError, match=rf"mask .*m\.{ending} .*CMYK.*as a PNG"):
         read_saved(draw(255, "CMYK"), path)
+
+
+@pytest.mark.parametrize("orientation", formats.ORIENTATIONS)
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_read_mask_as_viewers_show_it(tmp_path, ending, orientation):
+    pixels = np.where(GREY > 100, np.uint8(255), np.uint8(0))
+    path = formats.save(tmp_path / f"m.{ending}", pixels, orientation)
+    found, _ = read_mask(Mask(path), size=(3, 4))
+    np.testing.assert_array_equal(found, pixels > 0)
 
 
 def test_read_mask_of_another_size(tmp_path):

@@ -144,6 +144,7 @@ def describe(run: Run) -> dict[str, Any]:
         "checkpoint": {"step": run.step, "selection": config.selection},
         "image_size": list(config.image_size),
         "input": "uint8 [batch, height, width, 3], RGB, at image_size",
+        "white_level": config.dataset.white_level,
         "resize": "bilinear, half-pixel centres, no antialiasing, aspect not kept",
         "networks": {
             "architecture": config.trunk.architecture,

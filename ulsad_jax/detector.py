@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ulsad_jax.data.records import read_image, to_rgb
+from ulsad_jax.data import pixels as pixels_lib
+from ulsad_jax.data.records import read_image
 from ulsad_jax.data.resize import resize_bilinear, resize_map
 from ulsad_jax.runs import trained, training
 from ulsad_jax.runtime.errors import UserError
@@ -66,9 +67,11 @@ class Detector:
     """Scores images with a category of a run; the run's folder is all it needs.
 
     `detector(image)` gives a `Result`, and `detector([image, ...])` a list of them. An
-    image is a NumPy array (uint8 [h, w], [h, w, 1], [h, w, 3] or [h, w, 4], RGB in this
-    order, or uint16 [h, w]), a PIL image or a path. It is made RGB and resized as
-    training images are; orientation tags are not applied.
+    image is a path, a PIL image or a NumPy array ([h, w], [h, w, 1], [h, w, 3] or
+    [h, w, 4], RGB in this order; uint8, uint16, or any numbers where the run has a
+    `config.dataset.white_level`). It is made 8-bit RGB and resized as training images
+    are. Paths and PIL images are turned upright by their EXIF orientation, arrays are
+    taken as they are. PIL keeps 8 bits of 16-bit colour: give the path or an array.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Detector:
         """Takes what `load` has read."""
         self.image_size: tuple[int, int] = tuple(config.image_size)
         self.batch_size: int = config.evaluation.batch_size
+        self.white_level: float = config.dataset.white_level
         self.decisions = decisions
         self._weights = weights
         self._predict = inference.make_predict_step(
@@ -125,7 +129,7 @@ class Detector:
             images: an image, a sequence of images, or an array [n, h, w, c].
 
         Raises:
-            UserError: a file that cannot be read.
+            UserError: a file that cannot be read, or an image that needs a white level.
             ValueError: an array that is no image.
         """
         if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
@@ -146,7 +150,7 @@ class Detector:
 
     def prepare(self, image: Any) -> Prepared:
         """Decodes and resizes an image. Threads may do so side by side."""
-        pixels = as_rgb(image)
+        pixels = as_rgb(image, self.white_level)
         height, width = pixels.shape[:2]
         return Prepared(resize_bilinear(pixels, self.image_size), (height, width))
 
@@ -183,30 +187,30 @@ class Detector:
             )
 
 
-def as_rgb(image: Any) -> UInt8[np.ndarray, "h w 3"]:
+def as_rgb(image: Any, white_level: float) -> UInt8[np.ndarray, "h w 3"]:
     """Makes 8-bit RGB of everything that a detector takes.
 
+    Args:
+        image: see `Detector`.
+        white_level: see `pixels.to_rgb`.
+
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file that cannot be read, or an image that needs a white level.
         ValueError: an array of another type or shape, or without a pixel.
     """
     if isinstance(image, str | os.PathLike):
-        return read_image(image)
-    pixels = to_rgb(image) if isinstance(image, Image.Image) else np.asarray(image)
-    if pixels.ndim == 2:
-        if pixels.dtype == np.uint16:
-            pixels = np.round(pixels / 257).astype(np.uint8)
-        pixels = pixels[..., None]
-    if (
-        pixels.dtype != np.uint8
-        or pixels.ndim != 3
-        or pixels.shape[2] not in (1, 3, 4)
-        or not pixels.size
-    ):
+        return read_image(image, white_level=white_level)
+    if isinstance(image, Image.Image):
+        where = f"a PIL image of mode {image.mode}"
+        values = pixels_lib.decode(image, exact=bool(white_level), where=where)
+    else:
+        values = np.asarray(image)
+        where = f"an array of {values.dtype}"
+    is_image = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (1, 3, 4))
+    if values.dtype.kind not in "uif" or not is_image or not values.size:
         raise ValueError(
-            "Expected an image as uint8 [h, w], [h, w, 1], [h, w, 3] (RGB) or "
-            f"[h, w, 4], or as uint16 [h, w], found {pixels.dtype} {pixels.shape}."
+            "Expected an image as uint8 or uint16 (or other numbers, with a white "
+            "level) [h, w], [h, w, 1], [h, w, 3] (RGB) or [h, w, 4], found "
+            f"{values.dtype} {values.shape}."
         )
-    if pixels.shape[2] == 1:
-        return np.repeat(pixels, 3, axis=2)
-    return pixels[..., :3]
+    return pixels_lib.to_rgb(values, white_level, where=where)

@@ -353,7 +353,7 @@ def _draw(kind: str, detector: Detector, result: Result, path: Path) -> Image.Im
         return Image.fromarray(result.mask.astype(np.uint8) * 255)
     # Read again: keeping a batch at its own resolution may fill the memory.
     low, high = detector.display_range
-    pixels = read_image(path)
+    pixels = read_image(path, white_level=detector.white_level)
     if pixels.shape[:2] != result.mask.shape:
         raise UserError(
             f"Expected {path} to stay as it was, found an image of another size there "

@@ -205,6 +205,7 @@ def open_category(
     cache_dir: str | os.PathLike[str],
     validation_fraction: float,
     seed: int,
+    white_level: float = 0.0,
     needs_training: bool = True,
 ) -> Category:
     """Opens a category for reading, and builds it first where that is needed.
@@ -220,6 +221,8 @@ def open_category(
         cache_dir: where to keep what is built.
         validation_fraction: the share of the training images to hold out.
         seed: chooses the images held out, differently in each category.
+        white_level: the value that means white in files of more than 8 bits a channel;
+            0 where that is not given.
         needs_training: whether a category without training images is refused; else
             it is read without validation images, too.
 
@@ -227,7 +230,9 @@ def open_category(
         UserError: an unknown data set or category, source files that do not fit or
             cannot be read, or too few training images to hold one out.
     """
-    builder = find_builder(name)(root=root, config=category, data_dir=cache_dir)
+    builder = find_builder(name)(
+        root=root, config=category, data_dir=cache_dir, white_level=white_level
+    )
     parts = {s: [r for r in builder.records if r.split == s] for s in SPLITS}
     train, validation = parts[TRAIN], parts[VALIDATION]
     if needs_training and not train:

@@ -11,7 +11,7 @@ a category, published or not, and `root` is where the source files lie:
     )
 
 Example i of a split is record i of that split. What is built lies in a folder of its
-own for each root, under `data_dir`.
+own for each root and white level, under `data_dir`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ulsad_jax.data.file_warnings import said_before
+from ulsad_jax.data import pixels
 from ulsad_jax.data.layouts import (
     btad,
     find_categories,
@@ -47,8 +47,8 @@ from ulsad_jax.data.records import (
     SPLITS,
     Record,
     fingerprint,
+    open_image,
     read_file,
-    read_image,
     read_mask,
 )
 from ulsad_jax.data.survey import Survey
@@ -78,7 +78,8 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         root: where the source files lie.
         category: the category, also the name of the configuration.
         records: the category's records, in the order of their splits.
-        fingerprint: changes whenever a source file does.
+        white_level: the value that means white in files of more than 8 bits a channel.
+        fingerprint: changes whenever a source file or the white level does.
     """
 
     VERSION = tfds.core.Version("2.0.0")
@@ -87,6 +88,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self,
         *,
         root: str | os.PathLike[str] | None = None,
+        white_level: float = 0.0,
         config: str | tfds.core.BuilderConfig | None = None,
         data_dir: str | os.PathLike[str] | None = None,
         file_format: str | tfds.core.FileFormat = tfds.core.FileFormat.ARRAY_RECORD,
@@ -97,6 +99,8 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         Args:
             root: the folder that the data set was unpacked to; for "table", a CSV
                 file.
+            white_level: the value that means white in files of more than 8 bits a
+                channel; 0 where that is not given.
             config: the category; may be left out if `root` holds only one.
             data_dir: where to keep what is built, by default TFDS's own folder.
             file_format: what TFDS passes.
@@ -115,8 +119,11 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             config = self._only_category()
         self.category = config if isinstance(config, str) else config.name
         self.records = find_records(self.name, self.root, self.category)
-        self.fingerprint = fingerprint(self.records)
-        digest = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
+        self.white_level = white_level
+        level = f" white {float(white_level)}" if white_level else ""
+        self.fingerprint = fingerprint(self.records) + level
+        place = os.fsencode(self.root) + level.encode()
+        digest = hashlib.sha256(place).hexdigest()[:8]
         folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
         super().__init__(
             data_dir=folder / files.fit_name(self.root.name, f"-{digest}"),
@@ -127,6 +134,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         # What a copy in another process is made from.
         self._original_state = {
             "root": self.root,
+            "white_level": white_level,
             "config": self.category,
             "data_dir": data_dir,
             "version": version,
@@ -251,7 +259,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self, records: Sequence[Record]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for key, record in enumerate(records):
-            yield key, to_example(record, self._survey)
+            yield key, to_example(record, self._survey, self.white_level)
             self._progress.update()
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -364,12 +372,15 @@ def find_builder(name: str) -> type[RecordsBuilder]:
     return BUILDERS[name]
 
 
-def to_example(record: Record, survey: Survey) -> dict[str, Any]:
+def to_example(
+    record: Record, survey: Survey, white_level: float = 0.0
+) -> dict[str, Any]:
     """Reads a record's files, each once, and encodes them.
 
     Args:
         record: the image and its masks on disk.
         survey: gets the digest of the files, and what is peculiar about them.
+        white_level: see `pixels.to_rgb`.
 
     Returns:
         The features of `RecordsBuilder`, images as encoded bytes. `has_mask` tells
@@ -380,11 +391,17 @@ def to_example(record: Record, survey: Survey) -> dict[str, Any]:
         UserError: a file cannot be read, or a mask does not fit.
     """
     data = read_file(record.image)
-    image = read_image(record.image, data)
+    where = str(record.image)
+    with open_image(record.image, data) as opened:
+        values = pixels.decode(opened, exact=bool(white_level), where=where)
+        is_plain = _is_plain(opened, data)
+    image = pixels.to_rgb(values, white_level, where=where)
+    if values.dtype != np.uint8:
+        survey.notice_depth(record.image, float(values.max()), white_level)
     masks, contents = _read_masks(record, image.shape[:2], survey)
     survey.add(f"{record.split}/{record.name}", [data, *contents])
     return {
-        "image": data if _is_plain(data) else _encode(image),
+        "image": data if is_plain else _encode(image),
         "label": record.label,
         "type": record.type,
         "name": record.name,
@@ -407,11 +424,11 @@ def _read_masks(
     defective = np.zeros(size, bool)
     for mask in record.masks:
         contents.append(read_file(mask.path))
-        pixels, saturation = read_mask(mask, contents[-1], size=size)
-        defective |= pixels
+        values, saturation = read_mask(mask, contents[-1], size=size)
+        defective |= values
         masks.append(
             {
-                "mask": _encode(pixels * np.uint8(255)),
+                "mask": _encode(values * np.uint8(255)),
                 "defect_name": saturation.defect_name,
                 "saturation_threshold": saturation.threshold,
                 "relative_saturation": saturation.relative,
@@ -425,13 +442,14 @@ def _read_masks(
     return masks, contents
 
 
-def _is_plain(data: bytes) -> bool:
-    """Whether any decoder makes 8-bit RGB of these bytes: such a PNG or JPEG."""
-    with said_before(), Image.open(io.BytesIO(data)) as image:
-        if image.format == "PNG":
-            # Depth and colour type in the header: PIL opens 16-bit RGB as 8-bit.
-            return data[24:26] == bytes((8, 2))
-        return image.format == "JPEG" and image.mode == "RGB"
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Tells whether any decoder makes upright 8-bit RGB of an image's bytes."""
+    if pixels.orientation(image) != 1:
+        return False
+    if image.format == "PNG":
+        # Depth and colour type in the header: PIL opens 16-bit RGB as 8-bit.
+        return data[24:26] == bytes((8, 2))
+    return image.format == "JPEG" and image.mode == "RGB"
 
 
 def _encode(pixels: Shaped[np.ndarray, "h w *c"]) -> bytes:

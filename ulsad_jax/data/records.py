@@ -8,19 +8,20 @@ masks are opened by `read_image` and `read_mask` when the data set is built.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from ulsad_jax.data import lossy
+from ulsad_jax.data import lossy, pixels
 from ulsad_jax.data.file_warnings import naming
 from ulsad_jax.runtime.errors import UserError
 
@@ -256,33 +257,24 @@ def read_file(path: Path) -> bytes:
 
 
 def read_image(
-    path: str | os.PathLike[str], data: bytes | None = None
+    path: str | os.PathLike[str], data: bytes | None = None, *, white_level: float = 0.0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image file as 8-bit RGB, see `to_rgb`.
+    """Reads an image file as 8-bit RGB, upright, see `pixels.to_rgb`.
 
     Args:
         path: the file.
         data: its content, where that was read already.
+        white_level: the value that means white in files of more than 8 bits a channel;
+            0 where that is not given.
 
     Raises:
         UserError: the file is truncated, is no image, has more pixels than Pillow
             takes (178 956 970, against files that are small and unpack to fill the
-            memory), or cannot be opened.
+            memory), cannot be opened, or needs a white level.
     """
-    with naming(path):
-        return to_rgb(_open(path, data))
-
-
-def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """Makes a decoded image 8-bit RGB.
-
-    Grey is repeated, a palette is applied, transparency is dropped, 16-bit grey is
-    divided by 257.
-    """
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-        grey = np.clip(np.asarray(image, np.int64), 0, 65535)
-        return np.repeat(np.round(grey / 257).astype(np.uint8)[..., None], 3, axis=-1)
-    return np.asarray(image.convert("RGB"))
+    with open_image(path, data) as image:
+        values = pixels.decode(image, exact=bool(white_level), where=os.fspath(path))
+    return pixels.to_rgb(values, white_level, where=os.fspath(path))
 
 
 def read_mask(
@@ -337,12 +329,31 @@ def _mask_values(path: Path, data: bytes) -> Shaped[np.ndarray, "h w"]:
 
 
 def _open(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Image:
-    """Opens and decodes an image file whole."""
+    """Opens and decodes an image file whole, upright."""
+    with open_image(path, data) as image:
+        return pixels.upright(image)
+
+
+@contextlib.contextmanager
+def open_image(
+    path: str | os.PathLike[str], data: bytes | None = None
+) -> Iterator[Image.Image]:
+    """Opens an image file; what goes wrong inside is an error that names it.
+
+    Args:
+        path: the file.
+        data: its content, where that was read already.
+
+    Raises:
+        UserError: see `read_image`.
+    """
     try:
-        source = path if data is None else io.BytesIO(data)
-        with naming(path), Image.open(source) as image:
-            image.load()
-            return image
+        with (
+            naming(path),
+            Path(path).open("rb") if data is None else io.BytesIO(data) as file,
+            Image.open(file) as image,
+        ):
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
 

@@ -14,7 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ulsad_jax.data.pixels import guess_level
+
 SHOWN = 3  # file names in a remark
+DARK = 4096  # 16-bit images all of whose values are below are noticed
 
 
 @dataclasses.dataclass
@@ -24,10 +27,13 @@ class Survey:
     Attributes:
         digests: "<split>/<name>" of an image to the SHA-256 of its file and its masks.
         noticed: a peculiarity to the files that have it.
+        brightest: a file of 16 bits a channel, read without a white level, to its
+            largest value.
     """
 
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     noticed: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    brightest: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, image: str, contents: Iterable[bytes]) -> None:
         """Records what the files of one image contain.
@@ -51,6 +57,22 @@ class Survey:
         """
         self.noticed.setdefault(peculiarity, []).append(str(path))
 
+    def notice_depth(self, path: Path, brightest: float, white_level: float) -> None:
+        """Records a file of more than 8 bits a channel.
+
+        Args:
+            path: the file.
+            brightest: its largest value.
+            white_level: that it was read with; 0 is none.
+        """
+        if not white_level:
+            self.brightest[str(path)] = brightest
+        elif brightest > white_level:
+            self.notice(
+                "have values above config.dataset.white_level, which are white, too",
+                path,
+            )
+
     def contents(self, *splits: str) -> dict[str, str]:
         """Returns the digests of the images of some splits."""
         return {k: v for k, v in self.digests.items() if k.split("/")[0] in splits}
@@ -58,7 +80,20 @@ class Survey:
     @property
     def remarks(self) -> list[str]:
         """One sentence for each peculiarity, with the first files that have it."""
-        return [remark(text, paths) for text, paths in self.noticed.items()]
+        noticed = self.noticed | self._notice_dark()
+        return [remark(text, paths) for text, paths in noticed.items()]
+
+    def _notice_dark(self) -> dict[str, list[str]]:
+        """Notices 16-bit files of which none uses more than 12 bits: a camera's."""
+        brightest = max(self.brightest.values(), default=DARK)
+        if brightest >= DARK:
+            return {}
+        level = f"{max(255, guess_level(brightest)):g}"
+        text = (
+            f"have 16 bits a channel, but no value above {level}: if {level} is white, "
+            f"set --config.dataset.white_level={level}"
+        )
+        return {text: list(self.brightest)}
 
     def to_json(self) -> str:
         """Returns the survey as JSON text."""
@@ -72,7 +107,7 @@ class Survey:
             ValueError: the text is something else.
         """
         document: dict[str, Any] = json.loads(text)
-        return cls(document["digests"], document["noticed"])
+        return cls(**document)
 
 
 def remark(peculiarity: str, paths: Sequence[str | Path]) -> str:

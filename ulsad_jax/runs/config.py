@@ -51,6 +51,10 @@ def is_number(v: Any) -> bool:
 
 _POSITIVE = _Rule(lambda v: is_number(v) and v > 0, "a number above 0")
 _NOT_NEGATIVE = _Rule(lambda v: is_number(v) and v >= 0, "a number from 0 up")
+_WHITE_LEVEL = _Rule(
+    lambda v: is_number(v) and 0 <= v < float("inf"),
+    "a finite number above 0, or 0 if it is not given",
+)
 _BELOW_ONE = _Rule(lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)")
 _SHARE = _Rule(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")
 _FRACTION = _Rule(lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
@@ -80,6 +84,7 @@ _RULES = {
     "dataset.cache_dir": _NOT_EMPTY,
     "dataset.category": _NOT_EMPTY,
     "dataset.validation_fraction": _BELOW_ONE,
+    "dataset.white_level": _WHITE_LEVEL,
     "trunk.architecture": _one_of(*ARCHITECTURES),
     "trunk.source": _one_of("builtin", "hub", "file", "random"),
     "trunk.layers": _one_of("auto", *LAYERS),

@@ -155,6 +155,7 @@ def open_data(
         image_size=tuple(config.image_size),
         cache_dir=Path(dataset.cache_dir).expanduser(),
         validation_fraction=dataset.validation_fraction,
+        white_level=dataset.white_level,
         seed=config.seed,
         needs_training=needs_training,
     )

@@ -106,7 +106,7 @@ def read(workdir: Path) -> RunFiles:
     document = json.loads((workdir / "results.json").read_text())
     categories = [
         _read_category(
-            workdir / results.file_name(name),
+            workdir / results.folder_name(name),
             name,
             metrics,
             document["decisions"][name],

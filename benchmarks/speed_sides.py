@@ -67,6 +67,7 @@ class JaxSide:
 
         from configs import default
         from ulsad_jax.methods.ulsad import losses
+        from ulsad_jax.runs import config as config_lib
         from ulsad_jax.runs import training
         from ulsad_jax.runtime import devices as parallel
         from ulsad_jax.scoring import prediction as inference
@@ -75,7 +76,7 @@ class JaxSide:
 
         self.jax = jax
         self.versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-        config = default.get_config()
+        config = config_lib.resolve(default.get_config())
         if dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         elif dtype != "tfloat32":  # which is JAX's default on a GPU

@@ -1,6 +1,7 @@
 """What a person may get wrong on the command line, and what a full disk does."""
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from ulsad_jax.data import records
 from ulsad_jax.methods.ulsad import losses
 from ulsad_jax.report import run_files
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import results
+from ulsad_jax.runs import results, trained
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runtime import errors, files
 from ulsad_jax.runtime.checkpoint import CheckpointStore
@@ -186,7 +188,7 @@ def test_broken_image_of_one_category_keeps_the_others(data, tmp_path):
     [
         (0, "Expected images under.*none"),
         (1, r"at least two objects.*found 1 .*train/good\)\. Add"),
-        (2, r"batch of 4 training images.*found 1\. Add images"),
+        (2, r"batch of 4 training images, without the 1 .*, found 1\. Add images"),
         (4, r"found 3\. Set --config\.train\.batch_size to 3 or less"),
     ],
 )
@@ -195,6 +197,21 @@ def test_too_few_training_images(tmp_path, count, message):
     (root / "train" / "good").mkdir(parents=True, exist_ok=True)
     with pytest.raises(UserError, match=message):
         runs.train(make_folder_config(root), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "found", "advice"),
+    [
+        (0.99, "without the 11 for validation, found 1", "Lower"),
+        (0.8, "without the 10 for validation, found 2", "Set .*size to 2 .*, or lower"),
+    ],
+)
+def test_too_much_is_held_out(tmp_path, fraction, found, advice):
+    root = trees.write_folder(tmp_path / "data", train=12)
+    config = make_folder_config(root, **{"dataset.validation_fraction": fraction})
+    message = rf"batch of 4 .*{found}\. {advice} --config\.dataset\.validation_fraction"
+    with pytest.raises(UserError, match=message):
+        runs.train(config, tmp_path / "run")
 
 
 def test_name_that_is_not_utf_8(tmp_path):
@@ -233,6 +250,12 @@ def test_files_that_are_not_used_are_named_in_every_run(tmp_path, capsys):
         (1.0, r"a dictionary, found 1\.0\. Write it as"),
         ({"term": "local", "weight": "1"}, r"mine\.weight to be a number, found '1'"),
         ({"term": "local", "weight": True}, r"mine\.weight to be a number"),
+        ({"term": "local", "weight": math.nan}, r"mine\.weight to be a finite .*nan"),
+        ({"term": "local", "weight": -math.inf}, r"mine\.weight to be a finite"),
+        (
+            {"term": "local", "weight": 1.0, "cosine_weight": math.inf},
+            r"mine\.cosine_weight to be a finite number, found inf\. .*--config\.lo",
+        ),
         (
             {"term": "math:pi", "weight": 1.0},
             "as a function.*not a callable",
@@ -341,6 +364,20 @@ def test_results_that_were_cut_off_are_made_anew(finished, tmp_path):
     assert runs.read_results(run.workdir) == runs.read_results(finished.workdir)
 
 
+@pytest.mark.parametrize("name", ["config.json", "maps", ".lock"])
+def test_category_named_like_a_file_of_the_run(tmp_path, name):
+    root = trees.write_folder(tmp_path / name, train=6, test={"good": 2, "dent": 1})
+    fields = {"train.num_epochs": 1, "evaluation.write_maps": True}
+    workdir = tmp_path / "run"
+    runs.train(make_folder_config(root, **fields), workdir)
+    (folder,) = (path.parent for path in workdir.glob("*/checkpoints"))
+    assert re.fullmatch(re.escape(name.strip(".")) + "-[0-9a-f]{8}", folder.name)
+    assert len(list((workdir / "maps" / folder.name).rglob("*.tiff"))) == 3
+    assert list(runs.read_results(workdir)["categories"]) == [name]
+    assert str(workdir) in experiment.evaluate(workdir)
+    assert trained.find_category(workdir, name) == folder
+
+
 # Disks
 
 
@@ -445,6 +482,38 @@ def test_full_disk_for_tensorboard(tmp_path, monkeypatch):
     assert events.close() is None  # what happens when the program ends
     monkeypatch.undo()
     close()
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("ask", "amount"),
+    [
+        (lambda: np.zeros(2**46), "512 TiB"),
+        (lambda: _sort(2**45), "131072.00 GiB"),
+        (lambda: bytearray(2**60), "what this command needs"),
+    ],
+    ids=["NumPy", "XLA", "Python"],
+)
+def test_memory_that_does_not_suffice(ask, amount):
+    with pytest.raises(SystemExit) as stopped, reported():
+        ask()
+    message = stopped.value.code
+    assert message.startswith(f"error: Expected memory for {amount}, found too little.")
+    for field in ("train.batch_size", "evaluation.batch_size", "image_size"):
+        assert f"config.{field}" in message
+    for field in ("model.local_width", "train.feature_memory"):
+        assert f"config.{field}" in message
+
+
+def _sort(count):
+    return jax.jit(lambda x: jnp.sort(jnp.broadcast_to(x, (count,))))(1.0)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="else"), reported():
+        raise RuntimeError("something else")
 
 
 # Ctrl-C

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import shutil
 
 import jax
@@ -13,7 +14,7 @@ from ulsad_jax.runtime.errors import UserError
 
 
 def make_model(value=0.0):
-    return {"params": {"w": jnp.full((2, 3), value), "b": jnp.arange(3.0)}}
+    return {"params": {"w": jnp.full((2, 3), value, float), "b": jnp.arange(3.0)}}
 
 
 def make_optimizer(count=0):
@@ -196,3 +197,118 @@ def test_step_is_saved_once(tmp_path):
         save(store, 3, loss=2.0)
         save(store, 3, loss=1.0)
         assert store.select(best=True) == 3
+
+
+def list_files(folder):
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 3 and 6, of arrays that fill several blocks; read-only."""
+    folder = tmp_path_factory.mktemp("saved")
+    with open_store(folder) as store:
+        for step in (3, 6):
+            save(store, step, loss=1.0 / step if step == 3 else 2.0)
+    return folder
+
+
+def restore_all(folder):
+    """Everything of the last checkpoint, as evaluation and training read it."""
+    with CheckpointStore(folder, metric="validation_loss", read_only=True) as store:
+        step = store.select(best=False)
+        return (
+            *store.restore_model(step, model=make_model()),
+            *store.restore_training(
+                step, model=make_model(), optimizer=make_optimizer()
+            ),
+        )
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        data = data[: len(data) // 2]
+    else:
+        data[len(data) // 2 if how == "middle" else 0] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["first", "middle", "cut", "gone"])
+def test_damaged_file_is_harmless_or_one_message(saved, tmp_path, capfd, caplog, how):
+    """Whichever it is: the values that were saved, or what is damaged; no traceback."""
+    expected = restore_all(saved)
+    told = set()
+    for i, name in enumerate(list_files(saved / "6")):
+        folder = shutil.copytree(saved, tmp_path / str(i))
+        path = folder / "6" / name
+        if how == "gone":
+            path.unlink()
+        else:
+            damage(path, how)
+        try:
+            assert_same_arrays(restore_all(folder), expected)
+        except UserError as error:
+            message = str(error)
+            told.add(name.parts[0])
+            assert message.startswith(f"Expected checkpoint 6 in {folder} to be as it ")
+            assert f"found {folder / '6' / name.parts[0]}" in message
+            assert message.count("damaged: ") == 1
+            assert message.endswith(
+                f"Restore the folder {folder / '6'} from a copy. Or delete it, and run "
+                "the train.py command again, which then goes on from checkpoint 3."
+            )
+            assert len(message) < 700 + 3 * len(str(folder))
+    gc.collect()  # what is told of tasks that failed is told of them now
+    items = {"model", "optimizer", "progress", "calibration", "decisions", "digest"}
+    assert told >= items | {"metrics"}
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_advice_about_a_damaged_checkpoint_can_be_followed(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    damage(folder / "6" / "decisions" / "metadata", "cut")
+    with pytest.raises(UserError, match="goes on from checkpoint 3"):
+        restore_all(folder)
+    shutil.rmtree(folder / "6")
+    assert restore_all(folder)[1] == {"local_offset": 0.3}
+    damage(folder / "3" / "decisions" / "metadata", "cut")
+    with pytest.raises(UserError, match=r"which then begins anew\."):
+        restore_all(folder)
+
+
+def test_checkpoint_of_a_version_without_digests(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    for step in ("3", "6"):
+        shutil.rmtree(folder / step / "digest")
+    assert_same_arrays(restore_all(folder), restore_all(saved))
+    shutil.rmtree(folder / "6" / "decisions")
+    with pytest.raises(UserError, match="to hold decisions, found none: another vers"):
+        restore_all(folder)
+
+
+@pytest.mark.parametrize("deleted", ["model", "decisions", None])
+def test_reader_sees_that_training_went_on(saved, tmp_path, deleted):
+    """It may have begun to delete what the reader chose."""
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    with CheckpointStore(folder, metric="validation_loss", read_only=True) as store:
+        step = store.select(best=False)
+        assert not store.is_overtaken()
+        (folder / "6").rename(folder / "9")
+        if deleted:
+            shutil.copytree(saved / "6", folder / "6")
+            shutil.rmtree(folder / "6" / deleted)
+        with pytest.raises(UserError):
+            store.restore_model(step, model=make_model())
+        assert store.is_overtaken()
+
+
+def test_checkpoint_that_is_being_saved(tmp_path):
+    (tmp_path / "6.orbax-checkpoint-tmp").mkdir()
+    with (
+        CheckpointStore(tmp_path, metric="validation_loss", read_only=True) as store,
+        pytest.raises(UserError, match="found none, but one that is being saved"),
+    ):
+        store.select(best=False)

@@ -32,11 +32,11 @@ WRONG = {
     "trunk.whiten": (True, "zca"),
     "model.local_width": (0, 6, 8.0),
     "model.output_activation": ("gelu",),
-    "optimizer.learning_rate": (0.0, -1e-3, float("nan"), "fast"),
+    "optimizer.learning_rate": (0.0, -1e-3, float("nan"), float("inf"), "fast"),
     "optimizer.b1": (1.0, -0.1),
     "optimizer.b2": (1.0, -0.1),
-    "optimizer.eps": (0.0,),
-    "optimizer.weight_decay": (-1e-5,),
+    "optimizer.eps": (0.0, float("inf")),
+    "optimizer.weight_decay": (-1e-5, float("inf"), float("nan")),
     "train.batch_size": (1, 8.0),
     "train.num_epochs": (0, 1.5),
     "train.checkpoint_every": (0,),
@@ -101,6 +101,7 @@ def test_trunk_file_is_needed():
 def test_round_trip(tmp_path):
     config = make_config(image_size=(64, 96))
     config.losses.mine = {"term": "a:b", "weight": 0.5, "epsilon": 1e-3}
+    config = config_lib.resolve(config)
     config_lib.save(config, tmp_path / "config.json")
     loaded = config_lib.load(tmp_path / "config.json")
     assert loaded.to_dict() == config.to_dict()
@@ -116,13 +117,86 @@ def test_file_that_is_no_config(tmp_path, text):
         config_lib.load(path)
 
 
-def test_file_that_lacks_a_field(tmp_path):
-    path = tmp_path / "config.json"
-    fields = make_config().to_dict()
-    del fields["train"]["dtype"]
+def write_fields(path, without=(), **more):
+    """A config.json whose writer did not know some fields."""
+    fields = make_config().to_dict() | more
+    for name in without:
+        group, field = name.split(".")
+        del fields[group][field]
+    fields = {name: value for name, value in fields.items() if value != {}}
     path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="dtype"):
+    return path
+
+
+def test_file_that_lacks_a_field(tmp_path):
+    """Of one that has been there from the beginning, nobody knows what it was."""
+    path = write_fields(tmp_path / "config.json", ["train.dtype"])
+    with pytest.raises(
+        UserError, match=r"train\.py wrote, found: no config\.train\.dt"
+    ):
         config_lib.load(path)
+
+
+ADDED = {
+    "evaluation.original_resolution": False,
+    "evaluation.write_maps": False,
+    "parallel.backend": "jit",
+    "parallel.devices": 0,
+    "train.feature_memory": 0.5,
+    "trunk.layers": "layer2+layer3",
+    "trunk.whiten": "never",
+}
+
+
+@pytest.mark.parametrize("about", [{}, {"format": 1}], ids=str)
+@pytest.mark.parametrize("source", ["builtin", "hub"])
+def test_field_that_was_added_later_means_what_runs_did_before(tmp_path, about, source):
+    """Whatever the default has become, which for the built-in trunk it has."""
+    trunk = make_config(**{"trunk.source": source}).trunk.to_dict()
+    trunk["architecture"] = "resnet18"
+    path = write_fields(tmp_path / "config.json", ADDED, trunk=trunk, **about)
+    loaded = config_lib.load(path)
+    config_lib.validate(loaded)
+    assert ADDED.items() <= dict(config_lib.flatten(loaded)).items()
+
+
+@pytest.mark.parametrize("found", [2, 1.5, -1, "1", None, [1]])
+def test_file_of_another_format(tmp_path, found):
+    path = write_fields(tmp_path / "config.json", format=found)
+    with pytest.raises(
+        UserError, match=r"format 1 or an earlier one.*found format"
+    ) as e:
+        config_lib.load(path)
+    assert f"found format {found}: another version wrote it" in str(e.value)
+
+
+@pytest.mark.parametrize("source", ["builtin", "hub"])
+def test_what_auto_became_is_kept(tmp_path, source):
+    """In a file, and in one of today's folders that says auto."""
+    config = make_config(**{"trunk.source": source, "trunk.architecture": "resnet18"})
+    resolved = config_lib.resolve(config)
+    assert "auto" not in dict(config_lib.flatten(resolved)).values()
+    assert config.trunk.layers == config.trunk.whiten == "auto"
+    config_lib.save(resolved, tmp_path / "config.json")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["format"] == 1
+    layers = "layer2" if source == "builtin" else "layer2+layer3"
+    whiten = "always" if source == "builtin" else "never"
+    assert (written["trunk"]["layers"], written["trunk"]["whiten"]) == (layers, whiten)
+    loaded = config_lib.load(tmp_path / "config.json")
+    assert loaded.to_dict() == resolved.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert config_lib.load(tmp_path / "config.json").to_dict() == resolved.to_dict()
+
+
+def test_a_value_equals_auto_that_became_it():
+    auto, explicit, other = (
+        config_lib.resolve(make_config(**{"trunk.layers": layers}))
+        for layers in ("auto", "layer2+layer3", "layer2")
+    )
+    config_lib.check_resumable(auto, explicit, Path("run"))
+    with pytest.raises(UserError, match=r"the run has 'layer2\+layer3', this command"):
+        config_lib.check_resumable(auto, other, Path("run"))
 
 
 def test_file_with_a_wrong_value(tmp_path):
@@ -173,6 +247,7 @@ def test_differing_fields_are_listed():
     [
         ("--config.train.num_epoch=3", "num_epochs"),
         ("--config.train.num_epochs=many", "many"),
+        ("--config.losses.local.weight=nan", "config.losses.local.weight to be a fin"),
         ("--config=configs/no_such_file.py", "no_such_file"),
         ("bottle", "bottle"),
     ],
@@ -192,6 +267,30 @@ def test_command_line_that_does_not_fit(tmp_path, flag, expected):
 
 
 @pytest.mark.parametrize(
+    ("config", "flags", "together"),
+    [
+        ("quickstart", ["image_size=(128, 128)"] * 2, "(128, 128, 128, 128)"),
+        ("sweep", ["sweep.grid.seed=(3,)", "sweep.grid.seed=(4, 5)"], "(3, 4, 5)"),
+    ],
+)
+def test_tuple_given_twice(tmp_path, config, flags, together):
+    command = [sys.executable, "train.py", f"--config=configs/{config}.py"]
+    command += [f"--config.{flag}" for flag in flags]
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path / 'run'}"],
+        cwd=runs.REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    name = flags[0].partition("=")[0]
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"error: Expected --config.{name} once, found it 2 times, which together make "
+        f"{together}. Give it once."
+    )
+
+
+@pytest.mark.parametrize(
     ("source", "whiten", "expected"),
     [
         ("builtin", "auto", True),
@@ -203,4 +302,4 @@ def test_command_line_that_does_not_fit(tmp_path, flag, expected):
 )
 def test_built_in_trunk_is_whitened_by_itself(source, whiten, expected):
     config = make_config(**{"trunk.source": source, "trunk.whiten": whiten})
-    assert config_lib.whitens(config) == expected
+    assert config_lib.whitens(config_lib.resolve(config)) == expected

@@ -587,7 +587,8 @@ def test_networks_are_what_the_config_says():
 def test_built_in_trunk_has_layer2_by_itself(source, layers, expected):
     fields = {"trunk.source": source, "trunk.layers": layers}
     config = runs.make_config(Path("data"), fields)
-    assert training.make_pyramid(config).layers == expected
+    resolved = experiment.config_lib.resolve(config)
+    assert training.make_pyramid(resolved).layers == expected
 
 
 def test_validation_is_what_the_config_says(data, tmp_path):

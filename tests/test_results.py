@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,6 +173,30 @@ def test_long_names_that_begin_alike_are_two_files():
 def test_file_names_differ_as_names_do():
     names = ["a b", "a_b", "a/b", "a", ".a", "..a", "", "_", "/", ".", "é", "è"]
     assert len({results.file_name(name) for name in names}) == len(names)
+
+
+TAKEN = ("config.json", "maps", "results.csv.tmp", "diverged.txt", "sweep.json")
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_folder_of_a_category_is_called_unlike_a_file_of_the_run(name):
+    assert re.fullmatch(re.escape(name) + "-[0-9a-f]{8}", results.folder_name(name))
+    assert results.file_name(name) == name  # where the run has no files of its own
+
+
+@pytest.mark.parametrize("name", ["bottle", "01", "a b", ".lock", "config", "Maps"])
+def test_folder_of_another_category_is_called_as_any_file(name):
+    assert results.folder_name(name) == results.file_name(name) != ".lock"
+
+
+def test_category_named_as_the_mean_has_a_line_of_its_own():
+    rows = {"mean": {"image_auroc": 0.25}, "b": {"image_auroc": 0.75}}
+    lines = results.table(rows, ABOUT).splitlines()
+    assert [line.split() for line in lines[1:4]] == [
+        ["mean", "25.00"],
+        ["b", "75.00"],
+        ["mean", "50.00"],
+    ]
 
 
 def test_scores(tmp_path):

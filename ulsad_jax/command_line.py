@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import traceback
 from collections.abc import Callable
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -99,6 +102,7 @@ def parse(argv: list[str], config: flags.FlagHolder) -> list[str]:
     try:
         arguments = app.parse_flags_with_usage(argv)
         _ = config.value.seed  # fails here if the file could not be read
+        _check_once(argv, config.value)
         return arguments
     except (AttributeError, LookupError, OSError, SyntaxError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
@@ -114,3 +118,16 @@ def parse(argv: list[str], config: flags.FlagHolder) -> list[str]:
             "number of a loss term has to be in the term's entry of the config file "
             "before a flag can change it."
         )
+
+
+def _check_once(argv: list[str], config: Any) -> None:
+    """Refuses a tuple that is given twice: ml_collections would join the two."""
+    names = [word.partition("=")[0].lstrip("-") for word in argv if word[:1] == "-"]
+    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+        first, *fields = name.split(".")
+        value = functools.reduce(getitem, fields, config) if first == "config" else None
+        if isinstance(value, tuple):
+            sys.exit(
+                f"error: Expected --{name} once, found it {names.count(name)} times, "
+                f"which together make {value}. Give it once."
+            )

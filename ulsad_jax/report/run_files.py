@@ -119,7 +119,7 @@ def read(workdir: Path) -> RunFiles:
         config = json.loads(path.read_text())
     categories = [
         _read_category(
-            workdir / results.file_name(name), name, row, decisions[name], command
+            workdir / results.folder_name(name), name, row, decisions[name], command
         )
         for name, row in metrics.items()
     ]

@@ -99,6 +99,7 @@ class CategoryRun:
     def open(self) -> Iterator[tuple[Writer | Silence, CheckpointStore]]:
         """The files that training writes to."""
         self._check_selection()
+        _ = self.steps  # there is a batch
         with (
             open_writer(self._folder, self._title) as writer,
             trained.open_store(self._config, self._folder) as store,
@@ -108,9 +109,10 @@ class CategoryRun:
     @property
     def steps(self) -> int:
         """How many updates training takes."""
-        config = self._config.train
-        images = len(self._data.train)
-        return config.num_epochs * training.steps_per_epoch(images, config.batch_size)
+        config, data = self._config.train, self._data
+        return config.num_epochs * training.steps_per_epoch(
+            len(data.train), config.batch_size, validation=len(data.validation)
+        )
 
     def is_trained(self, store: CheckpointStore) -> bool:
         """Whether nothing is left to train.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,20 @@ from ulsad_jax.trunks.pyramid import LAYERS
 from ulsad_jax.trunks.resnet import ARCHITECTURES
 from ulsad_jax.trunks.weights import BUILTIN_ARCHITECTURE
 
+# Of config.json. To be raised whenever a field is added or means another thing, so that
+# earlier versions refuse what they would misread.
+FORMAT = 1
+# What runs did that were begun before the field was there, in any format.
+_BEFORE = {
+    "dataset.white_level": 0.0,
+    "evaluation.original_resolution": False,
+    "evaluation.write_maps": False,
+    "parallel.backend": "jit",
+    "parallel.devices": 0,
+    "train.feature_memory": 0.5,
+    "trunk.layers": "layer2+layer3",
+    "trunk.whiten": "never",
+}
 BEST_TEST_AUROC = SELECTIONS[-1]  # the one that looks at test images
 WHITEN = ("auto", "always", "never")
 # Fields that say where something is.
@@ -49,11 +64,15 @@ def is_number(v: Any) -> bool:
     return isinstance(v, int | float) and not isinstance(v, bool)
 
 
-_POSITIVE = _Rule(lambda v: is_number(v) and v > 0, "a number above 0")
-_NOT_NEGATIVE = _Rule(lambda v: is_number(v) and v >= 0, "a number from 0 up")
+def is_finite(v: Any) -> bool:
+    """Tells whether it is a number that is neither infinite nor NaN."""
+    return is_number(v) and math.isfinite(v)
+
+
+_POSITIVE = _Rule(lambda v: is_finite(v) and v > 0, "a finite number above 0")
+_NOT_NEGATIVE = _Rule(lambda v: is_finite(v) and v >= 0, "a finite number from 0 up")
 _WHITE_LEVEL = _Rule(
-    lambda v: is_number(v) and 0 <= v < float("inf"),
-    "a finite number above 0, or 0 if it is not given",
+    _NOT_NEGATIVE.holds, "a finite number above 0, or 0 if it is not given"
 )
 _BELOW_ONE = _Rule(lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)")
 _SHARE = _Rule(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")
@@ -154,30 +173,47 @@ def describe(config: ConfigDict) -> str:
     )
 
 
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns a copy in which no field is "auto", as a run is made and kept.
+
+    A run goes by what "auto" became when it began. Another rule here needs another
+    `FORMAT`, and the present one for files of formats 0 and 1, which may hold "auto".
+    """
+    resolved = config.copy_and_resolve_references()
+    trunk, is_builtin = resolved.trunk, resolved.trunk.source == "builtin"
+    if trunk.layers == "auto":
+        trunk.layers = "layer2" if is_builtin else "layer2+layer3"
+    if trunk.whiten == "auto":
+        trunk.whiten = "always" if is_builtin else "never"
+    return resolved
+
+
 def whitens(config: ConfigDict) -> bool:
-    """Whether the features are whitened: see `config.trunk.whiten`."""
-    if config.trunk.whiten == "auto":
-        return config.trunk.source == "builtin"
-    return config.trunk.whiten == "always"
+    """Tells whether the features are whitened, by a config that is resolved."""
+    return {"always": True, "never": False}[config.trunk.whiten]
 
 
 def save(config: ConfigDict, path: Path) -> None:
-    """Writes the resolved config as JSON."""
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-    files.replace(path, text + "\n")
+    """Writes a resolved config as JSON."""
+    document = {"format": FORMAT, **config.to_dict()}
+    files.replace(path, json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 def load(path: Path) -> ConfigDict:
-    """Reads a run's config.
+    """Reads a run's config, of this version or an earlier one; returns it resolved.
 
     Raises:
-        UserError: there is none, or it is not one of ours.
+        UserError: there is none, it is not one of ours, or a later version's.
     """
     try:
-        fields = json.loads(path.read_text())
+        if not isinstance(fields := json.loads(path.read_text()), dict):
+            raise ValueError("no fields")
+        _check_format(fields.pop("format", 0), path)
+        _fill(fields)
         config = ConfigDict(fields | {"image_size": tuple(fields["image_size"])})
-        _check_version(config, path)
+        _check_fields(config)
         validate(config)
+        return resolve(config)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"Expected the folder of a run, which holds config.json, found none in "
@@ -188,22 +224,41 @@ def load(path: Path) -> ConfigDict:
             f"Expected {path} to be a config that train.py wrote, found: {error}. "
             "Restore the file, or train anew in another folder."
         ) from error
-    return config
 
 
-def _check_version(config: ConfigDict, path: Path) -> None:
-    """Refuses a run's config that lacks fields, which is another version's."""
-    missing = [name for name in _RULES if name not in dict(flatten(config))]
-    if missing:
+def _check_format(found: Any, path: Path) -> None:
+    """Refuses the format of a version that may mean another thing by its fields."""
+    if found not in range(FORMAT + 1):
         raise UserError(
-            f"Expected {path} to be of this version of ulsad_jax, found no "
-            f"config.{', config.'.join(missing)}: another version wrote it. Train anew "
-            "in another folder, or use the version that wrote it."
+            f"Expected {path} to be of format {FORMAT} or an earlier one, which this "
+            f"version of ulsad_jax reads, found format {found}: another version wrote "
+            "it. Use that version, or train anew in another folder."
         )
+
+
+def _fill(fields: dict[str, Any]) -> None:
+    """Adds the fields that were not there yet when the run began."""
+    for name, value in _BEFORE.items():
+        *groups, field = name.split(".")
+        group = fields
+        for part in groups:
+            group = group.setdefault(part, {})
+        group.setdefault(field, value)
+
+
+def _check_fields(config: ConfigDict) -> None:
+    known = dict(flatten(config))
+    if missing := [name for name in _RULES if name not in known]:
+        raise ValueError(f"no config.{', config.'.join(missing)}")
 
 
 def check_resumable(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
     """Refuses a config under which the run in `workdir` cannot be continued.
+
+    Args:
+        old: the run's, resolved.
+        new: this command's, resolved.
+        workdir: for the message.
 
     Raises:
         UserError: lists the fields that differ.

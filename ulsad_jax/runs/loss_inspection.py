@@ -48,6 +48,7 @@ def inspect(config: ConfigDict, *, step: int = 0) -> dict[str, Any]:
         UserError: as for training.
     """
     config_lib.validate(config)
+    config = config_lib.resolve(config)
     loss_fn = make_loss_fn(config.losses)
     category = experiment.list_categories(config)[0]
     x, image = _first_batch(config, category)

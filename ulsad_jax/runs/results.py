@@ -36,6 +36,12 @@ SCORES = (
     *("score", "normalized_score", "is_anomalous", "local_score", "global_score"),
     *("mask_area", "mask_share"),
 )  # of an image, in scores.csv
+# The other files and folders in the work directory of a run, of a sweep and of its
+# members; a category's folder is called otherwise.
+TAKEN = {
+    *("config.json", "trunk.safetensors", "results.json", "results.csv"),
+    *("report.html", "maps", "sweep.json", "diverged.txt"),
+}
 BY_TYPE = {"image_auroc": "image AUROC", "au_spro_0.05": "AU-sPRO 0.05"}
 
 
@@ -97,13 +103,13 @@ def table(
     categories: Mapping[str, Mapping[str, float]], about: Mapping[str, Any]
 ) -> str:
     """The headline metrics in percent, one line a category, and what they rest on."""
-    rows = dict(categories)
+    rows = list(categories.items())
     if len(rows) > 1:
-        rows["mean"] = mean_row(categories)
-    columns = [k for k in TABLE if any(k in row for row in rows.values())]
-    width = max(len(name) for name in (*rows, "category"))
+        rows.append(("mean", mean_row(categories)))
+    columns = [k for k in TABLE if any(k in row for _, row in rows)]
+    width = max(len(name) for name in ("category", *(name for name, _ in rows)))
     lines = ["  ".join(["category".ljust(width), *(TABLE[k] for k in columns)])]
-    for name, row in rows.items():
+    for name, row in rows:
         cells = [_percent(row.get(k, math.nan)).rjust(len(TABLE[k])) for k in columns]
         lines.append("  ".join([name.ljust(width), *cells]))
     for name, row in categories.items():
@@ -168,9 +174,19 @@ def file_name(name: str, ending: str = "") -> str:
         ending: to append, such as ".png"; see `files.fit_name`.
     """
     plain = re.sub(r"[^\w.-]", "_", name).lstrip(".")
-    if not plain or plain != name:
-        plain = f"{plain or '_'}-{zlib.crc32(os.fsencode(name)):08x}"
+    plain = name if plain == name != "" else _mark(plain, name)
     return files.fit_name(plain, ending)
+
+
+def folder_name(category: str) -> str:
+    """The name of a category's folder in a work directory, unlike any file's there."""
+    name = file_name(category)
+    taken = name.removesuffix(".tmp") in TAKEN  # as files are called while written
+    return _mark(name, category) if taken else name
+
+
+def _mark(plain: str, name: str) -> str:
+    return f"{plain or '_'}-{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def _decision_lines(

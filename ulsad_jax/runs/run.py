@@ -19,7 +19,7 @@ from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import results
 from ulsad_jax.runs.category import MAPS, RESULTS, CategoryRun
 from ulsad_jax.runs.trained import CHECKPOINTS, CONFIG, TRUNK
-from ulsad_jax.runtime import compilation, files, hosts
+from ulsad_jax.runtime import compilation, files, hosts, lock
 from ulsad_jax.runtime import devices as parallel
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.trunks import weights as pretrained
@@ -29,22 +29,30 @@ def train(config: ConfigDict, workdir: Path) -> str:
     """Trains and evaluates every category of a config, or goes on doing so.
 
     Args:
-        config: resolved.
+        config: of all fields.
         workdir: where everything goes; an earlier run of the same config is resumed.
 
     Returns:
         The table of results and where to find the rest.
 
     Raises:
-        UserError: see README; what is finished by then stays.
+        UserError: see README; what is finished by then stays. Another command is at
+            work in the folder.
         errors.Interrupted: by a signal, after saving.
     """
     config_lib.validate(config)
+    config = config_lib.resolve(config)
     hosts.check_same(config_lib.describe(config), "config")
     devices = parallel.find_devices(config.parallel.devices)
     parallel.check_trainable(devices, config.train.batch_size, config.parallel.backend)
     compilation.draw_by_kernel()
     compilation.keep(config.dataset.cache_dir)
+    with lock.hold(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: Path) -> str:
+    """Does what `train` does in a work directory that is its own."""
     with hosts.first_alone("workdir"):
         check_workdir(config, workdir)
         if hosts.is_first() and (warning := loss_check.check(config)):
@@ -52,7 +60,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
         categories = list_categories(config)
         trunk = _claim(config, workdir)
     for category in categories:
-        folder = workdir / results.file_name(category)
+        folder = workdir / results.folder_name(category)
         folder.mkdir(exist_ok=True)
         with hosts.first_alone("data"):
             data = open_data(config, category)
@@ -86,7 +94,7 @@ def evaluate(
         The table of results and where to find the rest.
 
     Raises:
-        UserError: no run, no checkpoint, another trunk.
+        UserError: no run, no checkpoint, another trunk, another command at work.
     """
     config = config_lib.load(workdir / CONFIG)
     if root:
@@ -97,16 +105,25 @@ def evaluate(
     config.evaluation.write_maps |= write_maps
     config.parallel.devices = 0  # those of this machine
     compilation.keep(config.dataset.cache_dir)
+    given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
+    with lock.hold(workdir):
+        return _evaluate(config, workdir, given)
+
+
+def _evaluate(
+    config: ConfigDict, workdir: Path, thresholds: dict[str, float | None]
+) -> str:
+    """Does what `evaluate` does in a work directory that is its own."""
     with hosts.first_alone("workdir"):
         categories = list_categories(config)
     trunk = pretrained.load_saved_trunk(workdir / TRUNK)
     _check_trained(categories, workdir)
     for category in categories:
-        folder = workdir / results.file_name(category)
+        folder = workdir / results.folder_name(category)
         with hosts.first_alone("data"):
             data = open_data(config, category, needs_training=False)
         run = CategoryRun(config, category, data=data, folder=folder, trunk=trunk)
-        run.evaluate(image_threshold=image_threshold, pixel_threshold=pixel_threshold)
+        run.evaluate(**thresholds)
     return collect(config, workdir, categories, trunk)
 
 
@@ -224,7 +241,7 @@ def _has_checkpoints(workdir: Path) -> bool:
 def _check_trained(categories: list[str], workdir: Path) -> None:
     """Refuses to evaluate what was not trained."""
     for category in categories:
-        folder = workdir / results.file_name(category) / CHECKPOINTS
+        folder = workdir / results.folder_name(category) / CHECKPOINTS
         if not folder.is_dir():
             trained = sorted(p.parent.name for p in workdir.glob(f"*/{CHECKPOINTS}"))
             raise UserError(
@@ -243,7 +260,7 @@ def collect(
         return "Results are reported by process 0."
     rows, decisions = {}, {}
     for name in categories:
-        path = workdir / results.file_name(name) / RESULTS
+        path = workdir / results.folder_name(name) / RESULTS
         document = json.loads(path.read_text())
         metrics, decisions[name] = document["metrics"], document["decisions"]
         rows[name] = results.with_nan(metrics)

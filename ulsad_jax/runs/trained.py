@@ -108,14 +108,20 @@ def load(
         pixel_threshold: instead of the stored one.
 
     Raises:
-        UserError: no such checkpoint, another trunk, another version's checkpoint.
+        UserError: no such checkpoint, a damaged one, another trunk, another version's
+            checkpoint.
     """
-    with open_store(config, folder, read_only=True) as store:
-        step = select(config, store) if step is None else step
-        check_trunk(store, step, trunk, folder)
-        model, calibration, stored = store.restore_model(
-            step, model=_abstract_model(config, sharding)
-        )
+    like = _abstract_model(config, sharding)
+    while True:
+        with open_store(config, folder, read_only=True) as store:
+            try:
+                found = select(config, store) if step is None else step
+                check_trunk(store, found, trunk, folder)
+                model, calibration, stored = store.restore_model(found, model=like)
+                break
+            except UserError:
+                if not store.is_overtaken():  # by training, which deletes the last one
+                    raise
     decisions = Decisions.from_json(stored).override(
         image=image_threshold, pixel=pixel_threshold
     )
@@ -126,7 +132,7 @@ def load(
         calibration=scoring.Calibration(**calibration),
         thresholds=decisions.thresholds,
     )
-    return Trained(step, weights, decisions)
+    return Trained(found, weights, decisions)
 
 
 def load_run(
@@ -182,7 +188,7 @@ def find_category(workdir: Path, category: str = "") -> Path:
     found = sorted(p.parent.name for p in workdir.glob(f"*/{CHECKPOINTS}"))
     if not category and len(found) == 1:
         return workdir / found[0]
-    for name in (category, results.file_name(category)):
+    for name in (category, results.folder_name(category)):
         if name in found:
             return workdir / name
     if not found:

@@ -53,11 +53,9 @@ def make_model(config: ConfigDict) -> Ulsad:
 
 
 def make_pyramid(config: ConfigDict) -> FeaturePyramid:
-    """The frozen network that a config describes; decides what layers "auto" are."""
-    trunk, layers = config.trunk, config.trunk.layers
-    if layers == "auto":
-        layers = "layer2" if trunk.source == "builtin" else "layer2+layer3"
-    return FeaturePyramid(trunk.architecture, jnp.dtype(config.train.dtype), layers)
+    """The frozen network that a resolved config describes."""
+    trunk, dtype = config.trunk, jnp.dtype(config.train.dtype)
+    return FeaturePyramid(trunk.architecture, dtype, trunk.layers)
 
 
 def make_optimizer(
@@ -183,20 +181,33 @@ def make_update(
     return update
 
 
-def steps_per_epoch(count: int, batch_size: int) -> int:
+def steps_per_epoch(count: int, batch_size: int, *, validation: int = 0) -> int:
     """How many whole batches there are; the incomplete last one is left out.
+
+    Args:
+        count: training images.
+        batch_size: images a step.
+        validation: images beside them, for the message.
 
     Raises:
         UserError: not even one.
     """
     if count < batch_size:
-        smaller = (
-            f"Set --config.train.batch_size to {count} or less (from 2 up), or add"
-        )
+        advice = ["add images"]
+        if validation > 1:
+            advice.insert(
+                0,
+                "lower --config.dataset.validation_fraction, which holds images out "
+                "where there is no validation split",
+            )
+        if count > 1:
+            smaller = f"set --config.train.batch_size to {count} or less (from 2 up)"
+            advice.insert(0, smaller)
+        text = ", or ".join(advice)
         raise UserError(
             f"Expected at least one batch of {batch_size} training images, without "
-            f"those held out for validation, found {count}. "
-            f"{smaller if count > 1 else 'Add'} images."
+            f"the {validation} for validation, found {count}. "
+            f"{text[0].upper()}{text[1:]}."
         )
     return count // batch_size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,11 @@ _STORAGE = {
     errno.EEXIST: "a file where a folder should be: give a folder elsewhere",
     errno.ENAMETOOLONG: "the name is too long: give a folder with a shorter one",
 }
+# What decides how much memory is needed; the first two may change within a run.
+_SIZES = (
+    *("evaluation.batch_size", "train.feature_memory", "train.batch_size"),
+    *("image_size", "model.local_width"),
+)
 
 
 @contextmanager
@@ -71,6 +77,31 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether it is what Python, NumPy or XLA raise where memory is short."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return told or isinstance(error, MemoryError)
+
+
+def _explain_memory(error: BaseException) -> str:
+    """Returns what to tell about memory that does not suffice."""
+    asked = re.search(r"alloc\w*:? ([\d.]+) ?([KMGTP]?i?B|bytes)\b", str(error))
+    amount = "what this command needs"
+    if asked:
+        number, unit = asked[1].rstrip("."), asked[2]
+        amount = f"{number} {unit}"
+        if unit == "bytes":
+            amount = f"{int(number) / 2**30:.2f} GiB"
+    fields = [f"config.{name}" for name in _SIZES]
+    return (
+        f"error: Expected memory for {amount}, found too little. Lower "
+        f"{' or '.join(fields[:2])} and run the same command again; or, with a new "
+        f"--workdir where something is trained already, {', '.join(fields[2:])}."
+    )
+
+
 @contextmanager
 def reported(
     *, stopped: str = "Stopped. Run the same command again to go on."
@@ -96,8 +127,10 @@ def reported(
         sys.stderr.flush()
         # At once: XLA's threads may still compute, and crash a program that tidies up.
         os._exit(128 + signal.SIGINT)
-    except OSError as error:
-        if error.errno not in _STORAGE:
+    except (OSError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            sys.exit(_explain_memory(error))
+        if not isinstance(error, OSError) or error.errno not in _STORAGE:
             raise
         sys.exit(
             "error: Expected to read or write "

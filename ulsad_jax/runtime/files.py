@@ -27,9 +27,14 @@ def fit_name(stem: str, ending: str = "") -> str:
     return stem + end
 
 
+LOCK = ".lock"  # in a work directory while a command writes to it; see `lock.hold`
+
+
 def find_content(path: Path) -> str:
     """What makes a folder neither new nor empty, for a message; "" if it is either."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists():
+        return ""
+    if path.is_dir() and all(inside.name == LOCK for inside in path.iterdir()):
         return ""
     return f"{'other files in' if path.is_dir() else 'a file at'} {path}"
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ulsad_jax.runtime.errors import UserError, sentence
+from ulsad_jax.runtime.errors import UserError, is_out_of_memory, sentence
 
 SHUTDOWN_SECONDS = 10  # that a failing process gives the others to fail, too
 
@@ -137,7 +137,7 @@ def first_alone(what: str) -> Iterator[None]:
 
 def tells_a_loss(error: BaseException | None) -> bool:
     """Whether it is what is raised where another process went away."""
-    if jax.process_count() == 1:
+    if error is None or jax.process_count() == 1 or is_out_of_memory(error):
         return False
     kinds = jax.errors.JaxRuntimeError, TimeoutError
     return isinstance(error, kinds) or "Gloo" in str(error)

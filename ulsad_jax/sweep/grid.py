@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +32,7 @@ class Member(NamedTuple):
         setting: its name without category and seed, which members are averaged over.
         category: that it is trained on.
         fields: what its variant and its place in the grid set.
-        config: of the same training alone.
+        config: of the same training alone, resolved.
     """
 
     name: str
@@ -108,7 +107,7 @@ def _check_sweep(sweep: ConfigDict) -> None:
             f"found {sweep.backend!r}. Set it with --config.sweep.backend=..."
         )
     for field in ("device_memory", "host_memory"):
-        if not sweep[field] >= 0:
+        if not (config_lib.is_finite(sweep[field]) and sweep[field] >= 0):
             raise UserError(
                 f"Expected config.sweep.{field} to be gibibytes, or 0 for the default, "
                 f"found {sweep[field]!r}. Set it with --config.sweep.{field}=..."
@@ -190,7 +189,7 @@ def _check_value(where: str, field: str, value: Any, known: Mapping[str, Any]) -
         )
     old = known[field]
     if config_lib.is_number(old):
-        fits = config_lib.is_number(value) and math.isfinite(value)
+        fits = config_lib.is_finite(value)
     else:
         fits = type(value) is type(old)
     if not fits:
@@ -220,7 +219,8 @@ def _make_member(
         config_lib.validate(config)
     except UserError as error:
         raise UserError(f"Member {name} of the sweep: {error}") from error
-    return Member(name, "-".join(parts) or "all", category, fields, config)
+    setting = "-".join(parts) or "all"
+    return Member(name, setting, category, fields, config_lib.resolve(config))
 
 
 def _show(value: Any) -> str:

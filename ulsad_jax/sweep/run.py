@@ -21,7 +21,7 @@ from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import results, trained, training
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runs.category import CategoryRun
-from ulsad_jax.runtime import compilation, files
+from ulsad_jax.runtime import compilation, files, lock
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.sweep import fusions, grid, memory, summary, wave
 from ulsad_jax.sweep.shared import Source
@@ -56,7 +56,7 @@ class Job:
     @property
     def category_folder(self) -> Path:
         """Inside `folder`."""
-        return self.folder / results.file_name(self.member.category)
+        return self.folder / results.folder_name(self.member.category)
 
     @property
     def source(self) -> tuple[Hashable, int]:
@@ -97,6 +97,12 @@ def train(config: ConfigDict, workdir: Path) -> str:
     config.parallel.devices = 1  # of a member; members are what is split
     compilation.draw_by_kernel()
     compilation.keep(config.dataset.cache_dir)
+    with lock.hold(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: Path) -> str:
+    """Does what `train` does in a work directory that is its own."""
     members = grid.list_members(config, experiment.list_categories(config))
     _check_workdir(workdir)
     traced = grid.traced_fields(members)
@@ -160,7 +166,7 @@ def _open(members: Sequence[grid.Member], workdir: Path) -> list[Job]:
             config,
             category,
             data=data[key],
-            folder=folder / results.file_name(category),
+            folder=folder / results.folder_name(category),
             trunk=trunk,
             title=member.name,
         )
@@ -233,6 +239,7 @@ def _train_wave(
     numbers = [wave.take_numbers(job.member.config, traced) for job in jobs]
     with contextlib.ExitStack() as stack:
         for job, own in zip(jobs, numbers, strict=True):
+            stack.enter_context(lock.hold(job.folder))  # eval.py may be at work
             writer, store = stack.enter_context(job.run.open())
             normals = sources[job.source[0]].part(
                 job.data, whiten=config_lib.whitens(job.member.config)
@@ -271,14 +278,15 @@ def _evaluate(job: Job, *, with_fusions: bool) -> None:
     step = _trained_step(job)
     if (job.folder / DIVERGED).exists() or step is None:
         return
-    evaluated = job.run.is_evaluated(step)
-    if not evaluated:
-        job.run.evaluate(step)
-    if not evaluated or not (job.folder / experiment.RESULTS).exists():
-        category = job.member.category
-        experiment.collect(job.member.config, job.folder, [category], job.trunk)
-    if with_fusions:
-        fusions.write(job.run, job.category_folder, step, again=not evaluated)
+    with lock.hold(job.folder):
+        evaluated = job.run.is_evaluated(step)
+        if not evaluated:
+            job.run.evaluate(step)
+        if not evaluated or not (job.folder / experiment.RESULTS).exists():
+            category = job.member.category
+            experiment.collect(job.member.config, job.folder, [category], job.trunk)
+        if with_fusions:
+            fusions.write(job.run, job.category_folder, step, again=not evaluated)
 
 
 def _entry(job: Job) -> summary.Entry:

@@ -69,7 +69,7 @@ def read_entry(member: Member, folder: Path, *, failure: str) -> Entry:
     losses = repr(sorted(config_lib.flatten(member.config.losses)))
     if failure:
         return Entry(member, failure, 0, {}, losses)
-    inside = folder / results.file_name(member.category)
+    inside = folder / results.folder_name(member.category)
     document = json.loads((inside / "results.json").read_text())
     metrics = results.with_nan(document["metrics"])
     for line in (inside / "metrics.jsonl").read_text().splitlines():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -261,6 +262,13 @@ def _resolve(name: str, entry: Mapping[str, Any]) -> _Entry:
             f"{sorted(hyperparameters)}. Add {', '.join(map(repr, missing))}."
         )
     reference, weight = hyperparameters.pop("term"), hyperparameters.pop("weight")
+    for key, value in (("weight", weight), *hyperparameters.items()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"Expected config.losses.{name}.{key} to be a finite number, found "
+                f"{value!r}. Correct it in the config file, or with "
+                f"--config.losses.{name}.{key}=..."
+            )
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise UserError(
             f"Expected config.losses.{name}.weight to be a number, found {weight!r}. "

@@ -26,6 +26,7 @@ WRONG = {
     "threshold.pixel_fpr": (0, 1, float("nan")),
     "dataset.name": ("", "mvtec"),
     "dataset.validation_fraction": (1.0, -0.1),
+    "dataset.white_level": (-1.0, float("inf"), float("nan"), "4095"),
     "trunk.architecture": ("resnet152",),
     "trunk.source": ("timm",),
     "trunk.layers": ("layer4", "layer3+layer2"),

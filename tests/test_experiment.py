@@ -152,6 +152,11 @@ def test_signal_to_the_program(finished, tmp_path):
 
     process = start_slowly(finished.config, workdir)
     wait_for(lambda: count_lines(metrics) == 1, process)
+    at_work = f"found process {process.pid} on "
+    with pytest.raises(UserError, match=at_work):
+        runs.train(finished.config, workdir)
+    with pytest.raises(UserError, match=at_work):
+        experiment.evaluate(workdir)
     process.terminate()
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM
@@ -229,6 +234,53 @@ def test_free_fields_may_change(finished, tmp_path):
     saved = json.loads((run.workdir / "config.json").read_text())
     assert saved["evaluation"]["batch_size"] == 3
     runs.assert_same_category(run.workdir, finished.workdir)
+
+
+def test_run_keeps_what_auto_became_and_its_format(finished):
+    saved = json.loads((finished.workdir / "config.json").read_text())
+    assert saved["format"] == 1
+    assert saved["trunk"]["layers"] == "layer2+layer3"
+    assert saved["trunk"]["whiten"] == "never"
+    assert finished.config.trunk.layers == finished.config.trunk.whiten == "auto"
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_folder_of_an_earlier_version(finished, data, tmp_path, left_out):
+    """It has no format, and says auto or lacks the fields that came later."""
+    run = runs.copy(finished, tmp_path)
+    path = run.workdir / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["format"]
+    fields["trunk"] |= {"layers": "auto", "whiten": "auto"}
+    if left_out:
+        del fields["trunk"]["layers"], fields["trunk"]["whiten"]
+        del fields["evaluation"]["write_maps"], fields["parallel"]
+    path.write_text(json.dumps(fields))
+    assert trained.load_run(run.workdir).config.trunk.layers == "layer2+layer3"
+    before = runs.read_scores(run.workdir)
+    experiment.evaluate(run.workdir)
+    assert runs.read_scores(run.workdir) == before
+    explicit = runs.make_config(data, {"trunk.layers": "layer2+layer3"})
+    runs.train(explicit, run.workdir)
+    runs.assert_same_category(run.workdir, finished.workdir)
+    assert json.loads(path.read_text())["format"] == 1
+    with pytest.raises(UserError, match=r"trunk\.whiten: the run has 'never', this"):
+        runs.train(runs.make_config(data, {"trunk.whiten": "always"}), run.workdir)
+
+
+def test_folder_of_a_later_version(finished, tmp_path):
+    run = runs.copy(finished, tmp_path)
+    path = run.workdir / "config.json"
+    text = json.dumps(json.loads(path.read_text()) | {"format": 2})
+    path.write_text(text)
+    for command in (
+        lambda: runs.train(run.config, run.workdir),
+        lambda: experiment.evaluate(run.workdir),
+        lambda: trained.load_run(run.workdir),
+    ):
+        with pytest.raises(UserError, match=r"format 1 or.*found format 2: another"):
+            command()
+    assert path.read_text() == text
 
 
 def test_another_config_is_refused(finished, tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests import runs
+from ulsad_jax.runtime.errors import UserError
 
 # Programs that are compiled quickly.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -157,6 +158,8 @@ def test_a_signal_to_one_stops_both_at_one_step_and_a_death_too(data, by_two, tm
     config = runs.make_config(data, LONG)
     processes = start(config, workdir, 2)
     wait_for_epoch(workdir, runs.EPOCHS + 3, processes)
+    with pytest.raises(UserError, match=f"found process {processes[0][0].pid} on "):
+        runs.train(config, workdir)  # the processes of one run share it, others do not
     processes[1][0].send_signal(signal.SIGTERM)
     statuses, outputs = wait(processes)
     assert statuses == [128 + signal.SIGTERM] * 2, outputs

@@ -161,10 +161,3 @@ def test_another_white_level_is_another_run(both, tmp_path):
     config = make_config(both[0] / "mine", **{"train.num_epochs": 1})
     with pytest.raises(UserError, match=r"dataset\.white_level: the run has 4080\.0"):
         experiment.train(config, tmp_path / "run")
-
-
-@pytest.mark.parametrize("level", [-1.0, float("inf"), float("nan")])
-def test_a_white_level_is_a_finite_number(tmp_path, level):
-    config = make_config(tmp_path, **{"dataset.white_level": level})
-    with pytest.raises(UserError, match=r"config\.dataset\.white_level to be a finite"):
-        experiment.train(config, tmp_path / "run")

@@ -210,6 +210,26 @@ def list_names(*arguments):
     return [inputs.name(path) for path in inputs]
 
 
+def test_damaged_checkpoint_is_one_line(finished, mixed, tmp_path):
+    """Orbax's tasks would tell of it, each with a traceback, until the end."""
+    workdir = runs.copy(finished, tmp_path).workdir
+    last = workdir / "bottle" / "checkpoints" / str(3 * runs.EPOCHS)
+    for path in (last / "model").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    command = [sys.executable, "-m", "ulsad_jax.predict", f"--workdir={workdir}"]
+    done = subprocess.run(
+        [*command, str(mixed), f"--output={tmp_path / 'out'}"],
+        cwd=runs.REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: Expected checkpoint {last.name} in {last.parent} ")
+    assert "delete it, and run the train.py command again" in line
+
+
 @pytest.fixture
 def tree(tmp_path):
     for name in ("x/1.png", "x/s/1.png", "y/1.png", "y/2.JPG", "y/[1].png", "y/3.txt"):

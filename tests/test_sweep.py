@@ -423,7 +423,7 @@ def test_whitened_member_is_its_lone_run(data, tmp_path, monkeypatch):
         (
             {"optimizer.learning_rate": (0.0,)},
             {},
-            r"learning_rate to be a number above",
+            r"learning_rate to be a finite number above",
         ),
         ({"model.output_activation": (1,)}, {}, "like 'relu', found 1"),
         ({"dataset.category": ("bottle",)}, {}, r"config\.dataset\.category"),

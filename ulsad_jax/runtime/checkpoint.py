@@ -306,16 +306,15 @@ class CheckpointStore:
         args = (
             ocp.args.JsonRestore() if like is None else ocp.args.StandardRestore(like)
         )
-        with _silent():
-            try:
-                items = ocp.args.Composite(**{name: args})
+        items = ocp.args.Composite(**{name: args})
+        try:
+            with _silent():
                 return self._manager.restore(step, args=items)[name]
-            except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-                raise
-            except Exception as error:  # of all kinds, Exception itself among them
-                cause = error.__cause__ or error.__context__
-                failure = str(cause if cause and type(error) is Exception else error)
-        _hush()
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # of all kinds, Exception itself among them
+            cause = error.__cause__ or error.__context__
+            failure = str(cause if cause and type(error) is Exception else error)
         raise self._damage(step, name, failure)
 
     def _check_layout(
@@ -371,21 +370,22 @@ def _describe_layout(tree: Any) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keeps the log and the warnings of libraries from the console."""
-    disabled = logging.root.manager.disable
+    """Keeps the log and the warnings of libraries from the console.
+
+    If that fails, Orbax's tasks stay silent for good: they complain in threads of their
+    own, and whenever they happen to be collected.
+    """
+    disabled, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
+    if hook is sys.__unraisablehook__:
+        sys.unraisablehook = lambda _: None
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
+    except Exception:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+        raise
+    else:
+        sys.unraisablehook = hook
     finally:
         logging.disable(disabled)
-
-
-def _hush() -> None:
-    """Silences, for good, the tasks of a restore that failed.
-
-    They complain whenever they happen to be collected, in threads of their own.
-    """
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = lambda _: None

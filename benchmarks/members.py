@@ -37,35 +37,33 @@ def main(argv: list[str]) -> None:
 def measure(config, count: int, steps: int) -> dict[str, float]:
     """Compiles the update of so many members, and takes steps."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    from ulsad_jax.methods.ulsad import losses
-    from ulsad_jax.runs import training
+    from ulsad_jax.methods.base import Batch
+    from ulsad_jax.runs import config as config_lib
+    from ulsad_jax.runs import setup
+    from ulsad_jax.runs.steps import make_init
     from ulsad_jax.runtime import stages
-    from ulsad_jax.sweep import memory, wave
-    from ulsad_jax.trunks.pyramid import feature_shape
+    from ulsad_jax.sweep import wave
 
-    model, loss_fn = training.make_model(config), losses.make_loss_fn(config.losses)
-    optimizer = training.make_optimizer(**config.optimizer)
-    batch, (height, width) = config.train.batch_size, config.image_size
+    config = config_lib.resolve(config)
+    made, key = setup.make(config), jax.random.key(0)
+    spec = made.spec(config.train.batch_size)
     rng = np.random.default_rng(0)
-    shape = (batch, *feature_shape((height, width)))
-    features = rng.normal(size=shape).astype(np.float32)
-    images = rng.integers(0, 256, (batch, height, width, 3), np.uint8)
-    state = training.init_state(
-        model,
-        optimizer,
-        jax.random.key(0),
-        features=jax.ShapeDtypeStruct(shape, jnp.float32),
-        image=jax.ShapeDtypeStruct(images.shape, jnp.uint8),
+    batch = Batch(
+        image=rng.integers(0, 256, spec.batch.image.shape, np.uint8),
+        features=rng.normal(size=spec.batch.features.shape).astype(np.float32),
+        valid=np.ones(spec.batch.valid.shape, bool),
     )
+    state = jax.device_get(make_init(made.method, spec)(key))
     numbers = wave.take_numbers(config, ["optimizer.learning_rate"])
-    update = wave.make_update(model, loss_fn, config.optimizer.to_dict())
     program = wave.choose_backend(_BACKEND.value)(
-        update, [jax.device_get(state)] * count, [numbers] * count
+        wave.make_update(made.method),
+        [state] * count,
+        [numbers] * count,
+        [key] * count,
     )
-    batches = [(features, images)] * count
+    batches = [batch] * count
     started = time.perf_counter()
     jax.block_until_ready((program.step(batches), program.state(0)))
     first = time.perf_counter() - started
@@ -81,7 +79,7 @@ def measure(config, count: int, steps: int) -> dict[str, float]:
         "device": device.device_kind,
         "backend": type(program).__name__,
         "first_step_seconds": round(first, 2),
-        "estimated_bytes_a_member": memory.estimate_member(config),
+        "estimated_bytes_a_member": made.method.estimate_bytes(spec),
         "process_peak_bytes": stages.peak_bytes(),
         "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
         "seconds_per_step": round(seconds, 4),

@@ -24,13 +24,13 @@ def main(argv: list[str]) -> None:
     """Prints a line for each category and score."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    from ulsad_jax.runs import run as experiment
+    from ulsad_jax.runs import data as data_lib
     from ulsad_jax.runtime import errors
 
     with errors.reported():
         config = _CONFIG.value
-        for category in experiment.list_categories(config):
-            data = experiment.open_data(config, category)
+        for category in data_lib.list_categories(config):
+            data = data_lib.open_data(config, category)
             for sigma in (0, 4):
                 print(category, f"blur {sigma}:", score(data, sigma))
 

@@ -66,12 +66,11 @@ class JaxSide:
         import jax
 
         from configs import default
-        from ulsad_jax.methods.ulsad import losses
         from ulsad_jax.runs import config as config_lib
-        from ulsad_jax.runs import training
-        from ulsad_jax.runtime import devices as parallel
-        from ulsad_jax.scoring import prediction as inference
-        from ulsad_jax.trunks import features
+        from ulsad_jax.runs import setup, steps
+        from ulsad_jax.runtime import devices as devices_lib
+        from ulsad_jax.scoring.prediction import make_predict_step
+        from ulsad_jax.trunks import features, sources
         from ulsad_jax.trunks.pyramid import pyramid_variables
 
         self.jax = jax
@@ -81,36 +80,31 @@ class JaxSide:
             jax.config.update("jax_default_matmul_precision", "highest")
         elif dtype != "tfloat32":  # which is JAX's default on a GPU
             config.train.dtype = dtype
-        pyramid = training.make_pyramid(config)
-        model = training.make_model(config)
-        optimizer = training.make_optimizer(**config.optimizer)
+        config.image_size = (size, size)
+        made = setup.make(config)
         trunk = draw_trunk()
-        variables = jax.device_put(pyramid_variables(trunk))
+        variables = jax.device_put(pyramid_variables(ARCHITECTURE, trunk))
         self.images = images = make_images(batch, size)
-        self.devices = parallel.find_devices(1)
-        self.extractor = features.make_extractor(pyramid, variables)
+        self.devices = devices_lib.find_devices(1)
+        self.extractor = features.make_extractor(made.pyramid, variables)
         # First calls, which compile, but for the call's own time.
         self.first = {}
         self.first["extract"], raw = clock(lambda: np.asarray(self.extractor(images)))
         self.statistics = features.channel_statistics(raw)
-        kept = features.Kept(self.statistics.standardize(raw), images)
-        normals = features.Normals(kept, kept, self.statistics)
-        self.kept = features.place(normals, self.devices).train  # as train.py does
-        shapes = {
-            "features": jax.ShapeDtypeStruct(self.kept.features.shape, np.float32),
-            "image": jax.ShapeDtypeStruct(images.shape, np.uint8),
-        }
-        self.first["init"], state = clock(
-            lambda: jax.block_until_ready(
-                training.init_state(model, optimizer, jax.random.key(0), **shapes)
-            )
-        )
+        kept = sources.Kept(images, self.statistics.standardize(raw))
+        normals = sources.Normals(kept, kept, self.statistics)
+        self.kept = sources.place(normals, self.devices).train  # as train.py does
+        self.key = jax.random.key(0)
+        init = steps.make_init(made.method, made.spec(batch))
+        self.first["init"], state = clock(lambda: jax.block_until_ready(init(self.key)))
         self.state = self.devices.replicate(state)
-        loss_fn = losses.make_loss_fn(config.losses)
-        self.train_step = training.make_train_step(model, loss_fn, optimizer)
-        self.predict_step = inference.make_predict_step(pyramid, model)
+        self.load = sources.load
+        self.train_step = steps.make_train_step(
+            made.method, self.devices, config.parallel.backend
+        )
+        self.predict_step = make_predict_step(made.pyramid, made.method)
         # A copy, because training gives its state away.
-        networks = jax.tree.map(np.array, self.state.variables)
+        networks = jax.tree.map(np.array, self.state.model)
         self.weights = make_weights(variables, self.statistics, networks)
         save_weights(weights, trunk, self.statistics, networks)
 
@@ -146,8 +140,9 @@ class JaxSide:
         return (self.jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     def _step(self) -> np.ndarray:
-        batch = self.devices.load(self.kept, np.arange(len(self.kept)))
-        self.state, losses = self.train_step(self.state, *batch)
+        count = len(self.kept)
+        batch = self.load(self.kept, np.arange(count), count, self.devices)
+        self.state, losses = self.train_step(self.state, batch, self.key)
         self.jax.block_until_ready(self.state)
         return np.array([losses[name] for name in TERMS])
 
@@ -181,18 +176,16 @@ def make_weights(trunk, statistics, variables):
     """What this package's inference takes, on the device."""
     import jax
 
-    from ulsad_jax.scoring import calibration as scoring
-    from ulsad_jax.scoring import prediction as inference
-    from ulsad_jax.scoring import thresholds as decisions
+    from ulsad_jax.scoring.calibration import Calibration
+    from ulsad_jax.scoring.prediction import Weights
+    from ulsad_jax.scoring.thresholds import Thresholds
 
-    (local_offset, global_offset), (local_scale, global_scale) = OFFSETS, SCALES
-    weights = inference.Weights(
-        trunk,
-        statistics,
-        variables,
-        scoring.Calibration(local_offset, local_scale, global_offset, global_scale),
-        decisions.Thresholds(),
+    offset, scale = (
+        dict(zip(("local", "global"), numbers, strict=True))
+        for numbers in (OFFSETS, SCALES)
     )
+    calibration = Calibration(offset, scale)
+    weights = Weights(trunk, statistics, variables, calibration, Thresholds())
     return jax.device_put(weights)
 
 

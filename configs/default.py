@@ -1,91 +1,105 @@
-"""Every field; the defaults are the published system, with ImageNet's trunk."""
+"""Defines all fields; the defaults are the published system with ImageNet weights."""
 
 from ml_collections import ConfigDict
 
 
 def get_config(category: str = "all") -> ConfigDict:
-    """Returns the published system; `dataset.name` and `.root` remain to be set.
+    """Returns the published system; set `dataset.name` and `dataset.root` yourself.
 
     Args:
-        category: a category's name, several separated by commas, or "all".
+        category: name of a category, several names separated by commas, or "all".
     """
     config = ConfigDict()
-    # Everything random in a run follows from it: initial weights, the order of the
-    # images, the validation split, random trunks.
+    # Seed of everything random in a run: initial weights, the order of the images, the
+    # validation split, random trunks.
     config.seed = 0
-    # (height, width) in pixels, multiples of 32 from 64; images are squashed to it.
+    # A built-in method, "ulsad" or "padim", or "module:attribute" of your own; see
+    # docs/methods.md. The fields of methods other than ULSAD are in `methods`.
+    config.method = "ulsad"
+    # (height, width) in pixels, multiples of 32 from 64 up. Images are resized to it
+    # without keeping their aspect ratio.
     config.image_size = (256, 256)
-    # Which checkpoint is evaluated: "last", "best_validation_loss", or the
-    # reference's "best_test_auroc", whose results are selected on the test set.
+    # The checkpoint to evaluate: "last", "best_validation_loss", or the reference's
+    # "best_test_auroc", whose results are selected on the test set.
     config.selection = "last"
-    # How local and global maps are made comparable: "quantile" on validation
-    # normals, or "none" for the plain average of raw maps.
+    # How a method's maps are brought to one scale before they are averaged: "quantile",
+    # by their quantiles on the validation normals, or "none".
     config.calibration = "quantile"
 
     config.threshold = threshold = ConfigDict()
-    # Share of normal images that may be called anomalous. Fewer validation images than
-    # 1 / image_fpr - 1 cannot promise it: see README, section Decisions.
+    # Share of normal images that may be called anomalous. With fewer than
+    # 1 / image_fpr - 1 validation images it cannot be guaranteed: see
+    # docs/thresholds.md.
     threshold.image_fpr = 0.05
-    # Share of normal images' pixels that may be in the predicted mask.
+    # Share of the pixels of normal images that may be in the predicted mask.
     threshold.pixel_fpr = 0.005
 
     config.dataset = dataset = ConfigDict()
     # mvtec_ad, mvtec_loco, btad, mpdd, visa, magnetic_tile, folder, table, synthetic.
     dataset.name = ""
-    # The folder the archive was unpacked to; for "table" the CSV file; for
-    # "synthetic" where to write it, or empty for a place under `cache_dir`.
+    # Folder that the archive was unpacked to; for "table" the CSV file; for "synthetic"
+    # the folder to draw it in, or empty for a folder in `cache_dir`.
     dataset.root = ""
     dataset.category = category
-    # Share of the training normals held out where there is no validation split.
+    # Share of the training images that are held out for validation if the data set has
+    # no validation split.
     dataset.validation_fraction = 0.1
-    # The value that means white in files of more than 8 bits a channel: 4095 of 12 bits
-    # in 16-bit files, 1.0 of most floating-point ones. What is above is white, too. 0:
-    # 65535 in 16-bit files, others are refused. 8-bit files stay as they are.
+    # Pixel value that means white in files with more than 8 bits per channel, such as
+    # 4095 for 12-bit values in 16-bit files, or 1.0 for most floating-point files.
+    # Larger values become white, too. With 0, white is 65535 in 16-bit files, and other
+    # deep files are rejected. 8-bit files are not changed.
     dataset.white_level = 0.0
-    # Where prepared and drawn data sets and compiled programs are kept; safe to delete.
+    # Folder for prepared data sets, drawn data sets and compiled programs. It may be
+    # deleted.
     dataset.cache_dir = "~/.cache/ulsad_jax"
-    # What is drawn when `name` is "synthetic" and the category is not there yet.
+    # The images to draw if `name` is "synthetic" and the category does not exist yet.
     dataset.synthetic = ConfigDict()
     dataset.synthetic.seed = 0
-    dataset.synthetic.image_size = 256  # pixels a side
+    dataset.synthetic.image_size = 256  # height and width in pixels
     dataset.synthetic.train = 100  # normal training images
     dataset.synthetic.validation = 20  # normal validation images
     dataset.synthetic.good = 60  # normal test images
     dataset.synthetic.per_kind = 6  # test images of each kind of anomaly
 
     config.trunk = trunk = ConfigDict()
-    # resnet18, resnet34, resnet50, wide_resnet50_2 or wide_resnet101_2.
+    # resnet18, resnet34, resnet50, wide_resnet50_2, wide_resnet101_2, or
+    # "module:attribute" of your own: see ulsad_jax/trunks/base.py.
     trunk.architecture = "wide_resnet50_2"
-    # "hub" downloads `repository`, "file" reads `path`, "builtin" is a resnet18 that
-    # comes with the package, "random" draws from `seed`.
+    # "hub" downloads `repository`, "file" reads `path`, "builtin" is a resnet18 in this
+    # package, "random" draws weights from `config.seed`.
     trunk.source = "hub"
-    # A timm repository on the Hugging Face hub with a model.safetensors.
+    # A timm repository on the Hugging Face hub that has a model.safetensors.
     trunk.repository = "timm/wide_resnet50_2.racm_in1k"
     # A .safetensors file, or a .pth file where PyTorch is installed.
     trunk.path = ""
-    # Whose outputs are the features: "layer2+layer3" as published, "layer2", "layer3",
-    # or "auto", which is "layer2" with the built-in trunk, of which that is the better
-    # part, and both with others.
+    # Outputs of the trunk to use as features, joined with "+"; a ResNet has layer2 and
+    # layer3. "auto" is the architecture's default: both for ResNets, as published, but
+    # only layer2 with the built-in weights.
     trunk.layers = "auto"
-    # Whether features are decorrelated over the training images, not only scaled to
-    # unit variance as published: "always", "never", or "auto", which is always with the
-    # built-in trunk, because it needs that, and never with others.
+    # Whether features are decorrelated over the training images, in addition to the
+    # scaling to unit variance that was published: "always", "never", or "auto", which
+    # means "never" for ResNets, but "always" with the built-in weights, which need it.
     trunk.whiten = "auto"
 
     config.model = model = ConfigDict()
-    # Channels of the local reconstructor's narrowest grid: 1536 is 65 M parameters.
+    # Channels of the local reconstructor's smallest grid; 1536 gives 65 M parameters.
     model.local_width = 1536
-    # Of the local reconstructor: "relu" as published, or "identity".
+    # Output activation of the local reconstructor: "relu" as published, or "identity".
     model.output_activation = "relu"
 
-    # Loss terms: any name -> `term` (one of these three, or "module:function" of your
-    # own), `weight`, and the term's own keyword arguments.
+    # Loss terms by a name of your choice. Each has a `term` (one of these three, or
+    # "module:function" of your own), a `weight`, and the term's keyword arguments.
     config.losses = losses = ConfigDict()
     losses.local = {"term": "local", "weight": 1.0, "cosine_weight": 0.5}
     losses.attention = {"term": "attention", "weight": 1.0, "cosine_weight": 0.5}
     losses.consistency = {"term": "consistency", "weight": 1.0, "cosine_weight": 0.5}
 
-    # Adam with L2 decay added to the gradient.
+    config.methods = methods = ConfigDict()
+    # PaDiM fits a Gaussian at every position to `channels` feature channels, chosen at
+    # random. `epsilon` is added to their variances.
+    methods.padim = ConfigDict({"channels": 100, "epsilon": 0.01})
+
+    # Adam, with L2 decay (`weight_decay`) added to the gradient.
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 2e-4
     optimizer.b1 = 0.9
@@ -95,34 +109,40 @@ def get_config(category: str = "all") -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.batch_size = 8
+    # Ignored by methods with a fixed number of passes over the training images, such as
+    # "padim", which takes one.
     train.num_epochs = 200
-    # Epochs between checkpoints; each is validated. The last epoch always is.
+    # Number of epochs between checkpoints, each of which is validated. The last epoch
+    # always has one.
     train.checkpoint_every = 10
     # Computation type of trunk and networks: "float32" or "bfloat16". Parameters,
     # losses and scores are float32.
     train.dtype = "float32"
     # Share of the machine's memory that the training and validation images and their
-    # features may take. Where they need more, features are not kept, and each step
-    # runs the trunk, too; 0 does so always.
+    # features may take. If they need more, features are not kept, and the trunk runs in
+    # every step; 0 always does this.
     train.feature_memory = 0.5
 
     config.parallel = parallel = ConfigDict()
-    # How many devices a batch is split over: the first so many, or 0 for all.
-    # `train.batch_size` has to be a multiple of them.
+    # Number of devices to split a batch over, counted from the first, or 0 for all.
+    # `train.batch_size` must be a multiple of it.
     parallel.devices = 0
-    # "jit", or "pmap" for the same training step through `jax.pmap`.
+    # "jit", or "pmap" to run the same training step with `jax.pmap`.
     parallel.backend = "jit"
 
     config.evaluation = evaluation = ConfigDict()
-    # Rounded up to a multiple of the devices.
+    # Rounded up to a multiple of the number of devices.
     evaluation.batch_size = 8
-    # Heatmap pictures of each type of test image, half of them the most wrongly
-    # scored; -1 for all. The report shows them.
+    # Number of heatmap pictures of each type of test image, -1 for all. Half of them
+    # show the most wrongly scored images. The report contains them.
     evaluation.pictures_per_type = 8
-    # Whether to measure pixels at the images' own resolution, too: AUROC and AUPRO;
-    # for mvtec_loco and synthetic AU-sPRO, the data set's own metric.
+    # Whether to measure pixel metrics at the images' own resolution, too: AUROC and
+    # AUPRO, and for mvtec_loco and synthetic AU-sPRO, the metric of MVTec LOCO.
     evaluation.original_resolution = False
-    # Whether to write each test image's map to maps/<category>/test/<type>/<id>.tiff
-    # in the run's folder: float32 at the image's own resolution, 4 bytes a pixel.
+    # Metrics of your own in addition to the built-in ones, ("module:attribute", ...);
+    # see docs/runs.md.
+    evaluation.metrics = ()
+    # Whether to write the map of each test image, float32 at the image's own resolution
+    # (4 bytes per pixel), to maps/<category>/test/<type>/<id>.tiff in the run's folder.
     evaluation.write_maps = False
     return config

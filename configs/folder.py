@@ -6,7 +6,7 @@ from configs import default
 
 
 def get_config(root: str = "") -> ConfigDict:
-    """Returns the published system on a folder (README, section Your own data)."""
+    """Returns the published system on a folder (docs/data.md)."""
     config = default.get_config()
     config.dataset.name = "folder"
     config.dataset.root = root

@@ -6,7 +6,7 @@ from configs import default
 
 
 def get_config(root: str = "") -> ConfigDict:
-    """Returns the published system on a CSV file (README, section Your own data)."""
+    """Returns the published system on a CSV file (docs/data.md)."""
     config = default.get_config()
     config.dataset.name = "table"
     config.dataset.root = root

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests import runs
 from tests.conftest import data  # noqa: F401
+from ulsad_jax.methods.base import Method, State
+from ulsad_jax.methods.padim import Padim
 from ulsad_jax.methods.ulsad.local import LocalReconstructor
+from ulsad_jax.methods.ulsad.method import make_optimizer
 from ulsad_jax.nn.convolution import MANY_IMAGES, convolve
 from ulsad_jax.runs import run as experiment
-from ulsad_jax.runs import training
+from ulsad_jax.runs import steps
 from ulsad_jax.runtime import devices as parallel
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.sweep import wave
-from ulsad_jax.trunks import features
+from ulsad_jax.trunks import sources
 
 BATCH, EPOCHS = 8, 10  # an epoch is one step
 TOLERANCE = 1e-5
@@ -37,41 +42,68 @@ class Small(nn.Module):
         return {"features": features, "local": local[..., : features.shape[-1]]}
 
 
-def mean_square(outputs, step):
-    total = jnp.square(outputs["features"] - outputs["local"]).mean()
-    return total, {"square": total}
+@dataclasses.dataclass(frozen=True)
+class Squares(Method):
+    """Trains that network, as any method is trained."""
+
+    @property
+    def network(self):
+        return Small(self.axis_name)
+
+    @property
+    def optimizer(self):
+        return make_optimizer(
+            learning_rate=2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=2e-5
+        )
+
+    def init(self, key, spec):
+        inputs = jnp.zeros(spec.batch.features.shape), spec.batch.image
+        model = self.network.init(key, *inputs, train=True)
+        training = self.optimizer.init(model["params"])
+        return State(jnp.zeros((), jnp.int32), dict(model), training)
+
+    def update(self, state, batch, key):
+        def loss(params):
+            outputs, updated = self.network.apply(
+                state.model | {"params": params},
+                batch.features,
+                batch.image,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            square = jnp.square(outputs["features"] - outputs["local"]).mean()
+            return square, updated
+
+        params = state.model["params"]
+        (total, updated), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        if self.axis_name is not None:
+            total, gradients = jax.lax.pmean((total, gradients), self.axis_name)
+        changes, training = self.optimizer.update(gradients, state.training, params)
+        model = {"params": optax.apply_updates(params, changes), **updated}
+        return State(state.step + 1, model, training), {"total": total}
 
 
 def make_kept(count):
     rng = np.random.default_rng(0)
-    return features.Kept(
-        rng.normal(size=(count, 8, 8, 6)).astype(np.float32),
-        rng.integers(0, 256, (count, 64, 64, 3), np.uint8),
-    )
+    features = rng.normal(size=(count, 8, 8, 6)).astype(np.float32)
+    return sources.Kept(rng.integers(0, 256, (count, 64, 64, 3), np.uint8), features)
 
 
 @functools.cache
 def take_steps(count, backend="jit", batch=BATCH):
     """Losses of ten steps, and states after the first and the last of them."""
-    devices, kept, model = parallel.find_devices(count), make_kept(5 * batch), Small()
-    optimizer = training.make_optimizer(
-        learning_rate=2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=2e-5
+    devices, kept, method = (
+        parallel.find_devices(count),
+        make_kept(5 * batch),
+        Squares(),
     )
-    state = training.init_state(
-        model,
-        optimizer,
-        jax.random.key(0),
-        features=jax.ShapeDtypeStruct(kept.features[:batch].shape, jnp.float32),
-        image=jax.ShapeDtypeStruct(kept.images[:batch].shape, jnp.uint8),
-    )
-    state = devices.replicate(state)
-    step = parallel.make_train_step(
-        model, mean_square, optimizer, devices=devices, backend=backend
-    )
+    spec, key = steps.make_spec(batch, (64, 64), (8, 8, 6)), jax.random.key(0)
+    state = devices.replicate(steps.make_init(method, spec)(key))
+    step = steps.make_train_step(method, devices, backend)
     losses, states = [], []
     for i in range(10):
         rows = np.arange(i * batch, (i + 1) * batch) % len(kept)
-        state, new = step(state, *devices.load(kept, rows))
+        state, new = step(state, sources.load(kept, rows, batch, devices), key)
         losses.append({name: float(value) for name, value in new.items()})
         if i in (0, 9):
             states.append(jax.tree.map(jnp.copy, state))
@@ -82,15 +114,7 @@ def take_steps(count, backend="jit", batch=BATCH):
 def test_pmap_where_it_is_asked_for(backend, used, monkeypatch):
     calls = []
     monkeypatch.setattr(jax, "pmap", lambda *args, **options: calls.append(args))
-    parallel.make_train_step(
-        Small(),
-        mean_square,
-        training.make_optimizer(
-            learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0
-        ),
-        devices=parallel.find_devices(),
-        backend=backend,
-    )
+    steps.make_train_step.__wrapped__(Squares(), parallel.find_devices(), backend)
     assert len(calls) == used
 
 
@@ -109,7 +133,7 @@ def test_steps_equal_those_of_one_device(way):
     # Among them the running variances, which are unbiased over the whole batch.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=1e-7),
-        *jax.device_get((first.batch_stats, alone[1].batch_stats)),
+        *jax.device_get([s.model["batch_stats"] for s in (first, alone[1])]),
     )
     assert int(last.step) == 10
     for leaf in jax.tree.leaves(last):
@@ -140,15 +164,59 @@ def test_gradients_that_are_taken_in_chunks():
 
 @pytest.mark.parametrize("memory", [0, 2**30], ids=["host", "device"])
 def test_a_batch_is_split(memory, monkeypatch):
-    monkeypatch.setattr(features, "device_bytes", lambda: memory)
+    monkeypatch.setattr(sources, "device_bytes", lambda: memory)
     devices, kept = parallel.find_devices(), make_kept(BATCH)
-    placed = features.place(features.Normals(kept, kept, None), devices).train
+    placed = sources.place(sources.Normals(kept, kept, None), devices).train
     assert isinstance(placed.features, jax.Array) == bool(memory)
     rows = np.arange(BATCH)[::-1]
-    batch = devices.load(placed, rows)
-    for array, whole in zip(batch, make_kept(BATCH).batch(rows), strict=True):
+    batch = sources.load(placed, rows, BATCH - 1, devices)
+    images, features = make_kept(BATCH).batch(rows)
+    valid = np.arange(BATCH) < BATCH - 1
+    for array, whole in zip(batch, (images, features, valid), strict=True):
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
         np.testing.assert_array_equal(array, whole)
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+def test_every_device_has_draws_of_its_own(backend):
+    """Under pmap an update sees a share of the batch, and would draw alike."""
+    devices, kept = parallel.find_devices(), make_kept(BATCH)
+    step = steps.make_train_step(Draws(), devices, backend)
+    state = devices.replicate(State(jnp.zeros((), jnp.int32), {}, {}))
+    batch = sources.load(kept, np.arange(BATCH), BATCH, devices)
+    _, losses = step(state, batch, jax.random.key(0))
+    assert losses["distinct"] == BATCH
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws(Method):
+    """Counts how many of a batch's random numbers differ."""
+
+    def update(self, state, batch, key):
+        drawn = jax.random.uniform(key, batch.valid.shape)
+        if self.axis_name is not None:
+            drawn = jax.lax.all_gather(drawn, self.axis_name).ravel()
+        distinct = 1 + (jnp.diff(jnp.sort(drawn)) > 0).sum()
+        return state, {"distinct": distinct}
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+def test_sums_over_the_images_equal_those_of_one_device(backend):
+    """PaDiM's, with a last batch that is filled up."""
+    kept, method, key = make_kept(BATCH + 3), Padim(channels=4), jax.random.key(0)
+    spec, found = steps.make_spec(BATCH, (64, 64), (8, 8, 6)), []
+    for count, way in ((1, "jit"), (8, backend)):
+        devices = parallel.find_devices(count)
+        state = devices.replicate(steps.make_init(method, spec)(key))
+        step = steps.make_train_step(method, devices, way)
+        for rows, own in ((np.arange(BATCH), BATCH), (np.arange(BATCH) % 3 + 8, 3)):
+            state, _ = step(state, sources.load(kept, rows, own, devices), key)
+        found.append(jax.device_get(method.finish(state)))
+    assert found[1].training["count"] == len(kept)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        *(state.model for state in found),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -224,16 +292,23 @@ def test_more_devices_than_there_are():
 def test_members_of_a_sweep_are_split(count):
     """Also where they do not fill the devices, or some devices have two."""
 
-    def update(numbers, state, features, image):
-        state = state + numbers["rate"] * (features.mean() + image.mean())
+    def update(numbers, state, batch, key):
+        drawn = jax.random.uniform(key)
+        state = state + numbers["rate"] * (batch.features.mean() + drawn)
         return state, {"total": state.sum()}
 
     rng = np.random.default_rng(0)
     states = list(rng.normal(size=(count, 5)).astype(np.float32))
     numbers = [{"rate": np.float32(i)} for i in range(count)]
-    batches = [(rng.normal(size=(2, 3)), rng.normal(size=(2, 4))) for _ in states]
+    keys = list(map(jax.random.key, range(count)))
+    batches = [
+        sources.Batch(
+            rng.normal(size=(2, 4)), rng.normal(size=(2, 3)), np.ones(2, bool)
+        )
+        for _ in states
+    ]
     at_once, in_turn = (
-        kind(update, states, numbers) for kind in (wave.AtOnce, wave.InTurn)
+        kind(update, states, numbers, keys) for kind in (wave.AtOnce, wave.InTurn)
     )
     for _ in range(2):
         found, expected = (program.step(batches) for program in (at_once, in_turn))

@@ -85,6 +85,7 @@ def read_checkpoint(workdir: Path, category: str = "bottle", step: int = -1) -> 
     arrays = {
         item: ocp.StandardCheckpointer().restore(folder / item)
         for item in ("model", "optimizer")
+        if (folder / item).exists()
     }
     texts = {
         item: json.loads((folder / item / "metadata").read_text())

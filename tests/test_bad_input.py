@@ -20,15 +20,16 @@ from tests import runs, trees
 from ulsad_jax.data import prepare as builder
 from ulsad_jax.data import records
 from ulsad_jax.methods.ulsad import losses
-from ulsad_jax.report import run_files
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import results, trained
+from ulsad_jax.runs import data as data_lib
+from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runs import run as experiment
+from ulsad_jax.runs import run_files
 from ulsad_jax.runtime import errors, files
 from ulsad_jax.runtime.checkpoint import CheckpointStore
 from ulsad_jax.runtime.errors import UserError, reported
 from ulsad_jax.runtime.writer import Writer
-from ulsad_jax.trunks import features
+from ulsad_jax.trunks import sources
 from ulsad_jax.trunks import weights as pretrained
 
 # Anything a file may be called that is not a path.
@@ -77,13 +78,13 @@ def test_root_or_category_that_is_not_there(data, tmp_path, root, category, mess
 @pytest.mark.parametrize("category", ["cable, bottle", "cable,bottle,cable"])
 def test_list_of_categories(data, category):
     config = runs.make_config(data, category=category)
-    assert experiment.list_categories(config) == ["cable", "bottle"]
+    assert data_lib.list_categories(config) == ["cable", "bottle"]
 
 
 def test_layout_of_another_data_set(data):
     config = runs.make_config(data, {"dataset.name": "mvtec_loco"})
     with pytest.raises(UserError, match=r"defects_config\.json.*or use the config of"):
-        experiment.open_data(config, "bottle")
+        data_lib.open_data(config, "bottle")
 
 
 @pytest.mark.parametrize("category", ["../x", "a/b", ".x", ""])
@@ -132,7 +133,7 @@ def odd(tmp_path_factory):
 
 def test_images_of_every_kind_and_name(odd):
     workdir, _ = odd
-    scores = runs.read_scores(workdir, results.file_name("my images"))
+    scores = runs.read_scores(workdir, files.safe_name("my images"))
     stems = {Path(row["image"]).stem for row in scores if row["type"] == "dent"}
     assert stems == {"000", "001", *NAMES}
     assert all(np.isfinite(float(row["score"])) for row in scores)
@@ -140,8 +141,8 @@ def test_images_of_every_kind_and_name(odd):
 
 def test_pictures_stay_in_their_folder(odd):
     workdir, _ = odd
-    pictures = workdir / results.file_name("my images") / "pictures"
-    kinds = {results.file_name(kind) for kind in ("good", "dent", "sp <i>")}
+    pictures = workdir / files.safe_name("my images") / "pictures"
+    kinds = {files.safe_name(kind) for kind in ("good", "dent", "sp <i>")}
     assert {f.name for f in pictures.iterdir()} == kinds
     found = sorted(pictures.rglob("*.png"))
     assert len(found) == 4 + 2 + 1 + len(NAMES)
@@ -234,10 +235,10 @@ def test_files_that_are_not_used_are_named_in_every_run(tmp_path, capsys):
     trees.write_images(root / "train" / "good" / "monday", 2)
     said = r"\[caps\] 2 files not used: .* train/good/monday/000\.png, .*001\.png\n"
     for _ in range(2):
-        experiment.open_data(make_folder_config(root), "caps")
+        data_lib.open_data(make_folder_config(root), "caps")
         assert re.search(said, capsys.readouterr().out)
     shutil.rmtree(root / "train" / "good" / "monday")
-    experiment.open_data(make_folder_config(root), "caps")
+    data_lib.open_data(make_folder_config(root), "caps")
     assert "not used" not in capsys.readouterr().out
 
 
@@ -260,7 +261,7 @@ def test_files_that_are_not_used_are_named_in_every_run(tmp_path, capsys):
             {"term": "math:pi", "weight": 1.0},
             "as a function.*not a callable",
         ),
-        ({"term": ":f", "weight": 1.0}, "importable as a function"),
+        ({"term": ":f", "weight": 1.0}, "your own as module:attribute, found ':f'"),
         (
             {"term": "tests.test_bad_input:needs_alpha", "weight": 1.0},
             r"takes \(alpha, beta; without a default: alpha\), found \[\]",
@@ -348,7 +349,7 @@ def test_evaluation_of_a_folder_that_has_another_name(odd, tmp_path):
 
 def test_trunk_is_made_anew_by_training_alone(finished, tmp_path):
     run = runs.copy(finished, tmp_path)
-    trunk = run.workdir / experiment.TRUNK
+    trunk = run.workdir / files_of.TRUNK
     identity = pretrained.load_saved_trunk(trunk).identity
     trunk.unlink()
     with pytest.raises(UserError, match=r"the run's trunk.*train\.py command again"):
@@ -375,7 +376,7 @@ def test_category_named_like_a_file_of_the_run(tmp_path, name):
     assert len(list((workdir / "maps" / folder.name).rglob("*.tiff"))) == 3
     assert list(runs.read_results(workdir)["categories"]) == [name]
     assert str(workdir) in experiment.evaluate(workdir)
-    assert trained.find_category(workdir, name) == folder
+    assert files_of.find_category(workdir, name) == folder
 
 
 # Disks
@@ -456,7 +457,7 @@ def test_full_disk_while_preparing_data(tmp_path, monkeypatch):
         patch.setattr(builder, "to_example", fail)
         with pytest.raises(SystemExit, match=r"cache.*the disk is full"), reported():
             runs.train(make_folder_config(root), tmp_path / "run")
-    prepared = builder.Folder(root=root, data_dir=tmp_path / "cache")
+    prepared = builder.find_builder("folder")(root=root, data_dir=tmp_path / "cache")
     assert not prepared.is_prepared()
     prepared.download_and_prepare()  # there is room now
     assert len(prepared.as_data_source("train")) == 6
@@ -529,7 +530,7 @@ def test_ctrl_c_before_training(data, tmp_path, monkeypatch, capfd):
         raise SystemExit(status)
 
     with monkeypatch.context() as patch:
-        patch.setattr(features, "extract", stop)
+        patch.setattr(sources, "extract", stop)
         patch.setattr(os, "_exit", leave)
         with pytest.raises(SystemExit) as stopped, reported():
             runs.train(config, tmp_path / "run")

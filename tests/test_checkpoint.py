@@ -12,6 +12,8 @@ from tests.runs import assert_same_arrays, list_steps
 from ulsad_jax.runtime.checkpoint import CheckpointStore
 from ulsad_jax.runtime.errors import UserError
 
+FIRST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
 
 def make_model(value=0.0):
     return {"params": {"w": jnp.full((2, 3), value, float), "b": jnp.arange(3.0)}}
@@ -53,7 +55,7 @@ def test_round_trip(tmp_path):
         assert_same_arrays(model, make_model(7))
         assert_same_arrays(optimizer, make_optimizer(7))
         assert progress == store.restore_progress(7) == {"sums": {"total": 7 / 3}}
-        model, calibration, decisions = store.restore_model(7, model=make_model())
+        model, calibration, decisions = store.restore_model(7, FIRST, like=make_model())
         assert_same_arrays(model, make_model(7))
         assert calibration == {"local_offset": 0.7}
         assert decisions == {"image": 1.4}
@@ -132,7 +134,7 @@ def test_what_is_saved_is_what_was_given(tmp_path):
         for _ in range(5):
             model = step(model)
     with open_store(tmp_path) as store:
-        saved, *_ = store.restore_model(1, model=model)
+        saved, *_ = store.restore_model(1, FIRST, like=model)
         np.testing.assert_array_equal(saved["w"], 0)
 
 
@@ -164,7 +166,7 @@ def test_reader_leaves_alone_what_is_being_saved(tmp_path):
     settings = {"metric": "validation_loss", "largest": False}
     with CheckpointStore(tmp_path, **settings, read_only=True) as store:
         assert store.select(best=False) == 3
-        store.restore_model(3, model=make_model())
+        store.restore_model(3, FIRST, like=make_model())
     assert half.exists()
     with open_store(tmp_path) as store:
         save(store, 9, loss=1.0)
@@ -186,10 +188,10 @@ def test_other_networks_are_refused(tmp_path):
         save(store, 3, loss=2.0)
         wider = {"params": {"w": jnp.zeros((2, 4))}}
         with pytest.raises(UserError, match=r"checkpoint 3 .*this config's networks"):
-            store.restore_model(3, model=wider)
+            store.restore_model(3, FIRST, like=wider)
         deeper = {"params": {**make_model()["params"], "c": jnp.zeros(3)}}
         with pytest.raises(UserError, match="checkpoint 3"):
-            store.restore_model(3, model=deeper)
+            store.restore_model(3, FIRST, like=deeper)
 
 
 def test_step_is_saved_once(tmp_path):
@@ -218,7 +220,7 @@ def restore_all(folder):
     with CheckpointStore(folder, metric="validation_loss", read_only=True) as store:
         step = store.select(best=False)
         return (
-            *store.restore_model(step, model=make_model()),
+            *store.restore_model(step, FIRST, like=make_model()),
             *store.restore_training(
                 step, model=make_model(), optimizer=make_optimizer()
             ),
@@ -301,7 +303,7 @@ def test_reader_sees_that_training_went_on(saved, tmp_path, deleted):
             shutil.copytree(saved / "6", folder / "6")
             shutil.rmtree(folder / "6" / deleted)
         with pytest.raises(UserError):
-            store.restore_model(step, model=make_model())
+            store.restore_model(step, FIRST, like=make_model())
         assert store.is_overtaken()
 
 

@@ -1,8 +1,11 @@
-"""The second start of a program compiles nothing."""
+"""What is compiled once: by a program, and by its second start."""
 
 from __future__ import annotations
 
+import collections
+import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from tests import runs, trees
 from ulsad_jax.nn import layers
 from ulsad_jax.runtime import compilation
 
@@ -83,3 +87,39 @@ def test_weights_do_not_depend_on_how_their_draws_are_compiled():
         plainly(jax.random.key(0)), jax.jit(draw)(jax.random.key(0)), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory):
+    """A root with two categories of as many images."""
+    root = tmp_path_factory.mktemp("alike") / "mvtec_ad"
+    for category in ("bottle", "cable"):
+        trees.write_mvtec_ad(root, category, train=10)
+    return root
+
+
+def list_compiled(caplog):
+    """What was compiled: names of functions, with the arguments' shapes and places."""
+    pattern = r"Compiling jit\((.*?)\) with global shapes and types (.*)"
+    found = (re.match(pattern, r.getMessage(), re.S) for r in caplog.records)
+    return [match.groups() for match in found if match]
+
+
+@pytest.mark.parametrize("method", ["ulsad", "padim"])
+def test_categories_of_equal_shapes_share_every_program(
+    method, alike, tmp_path, caplog
+):
+    """Those of networks of another width than any other test's, and all others."""
+    fields = {"model.local_width": 12, "methods.padim.channels": 12}
+    fields |= {"image_size": (64, 96), "train.num_epochs": 1}
+    config = runs.make_config(alike, fields, category="all", method=method)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        runs.train(config, tmp_path / "run")
+    assert runs.read_scores(tmp_path / "run", "cable")
+    compiled = list_compiled(caplog)
+    caplog.clear()  # a failure would show all of it
+    times = collections.Counter(compiled)
+    assert [name for name, shapes in times if times[name, shapes] > 1] == []
+    own = collections.Counter(name for name, _ in compiled)
+    expected = {"init", "update", "step", "predict"}  # `step` validates
+    assert {name: own[name] for name in expected} == dict.fromkeys(expected, 1)

@@ -163,15 +163,16 @@ def test_maps_as_new_have_the_calibration_of_the_others():
     rng = np.random.default_rng(0)
     local, global_ = rng.gamma(2, size=(2, 4, 16, 16)).astype(np.float32)
     global_[2] = 1.0
-    found = scoring.fuse_as_new(local, global_, method="quantile")
+    maps = {"local": local, "global": global_}
+    found = scoring.fuse_as_new(maps, method="quantile")
     for i in range(4):
-        others = np.delete(local, i, axis=0), np.delete(global_, i, axis=0)
-        calibration = scoring.calibrate(*others, method="quantile")
-        expected = scoring.fuse(scoring.Maps(local[i], global_[i]), calibration)
+        others = {name: np.delete(m, i, axis=0) for name, m in maps.items()}
+        calibration = scoring.calibrate(others, method="quantile")
+        expected = scoring.fuse({n: m[i] for n, m in maps.items()}, calibration)
         np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-5)
-    plain = scoring.fuse_as_new(local, global_, method="none")
+    plain = scoring.fuse_as_new(maps, method="none")
     np.testing.assert_allclose(plain, (local + global_) / 2, rtol=1e-6)
-    single = scoring.fuse_as_new(local[:1], global_[:1], method="quantile")
+    single = scoring.fuse_as_new({n: m[:1] for n, m in maps.items()}, method="quantile")
     assert np.isfinite(single).all()
 
 
@@ -239,9 +240,11 @@ def test_evaluation_with_thresholds_by_hand(finished, tmp_path):
 
 def test_checkpoint_of_a_version_without_decisions(finished, tmp_path):
     run = runs.copy(finished, tmp_path)
-    for path in run.workdir.glob("bottle/checkpoints/*/decisions"):
-        path.rename(tmp_path / f"lost-{path.parent.name}")
-    with pytest.raises(UserError, match=r"hold thresholds, found none.*train anew"):
+    for name in ("decisions", "digest"):  # that version had no checksums, either
+        for path in run.workdir.glob(f"bottle/checkpoints/*/{name}"):
+            path.rename(tmp_path / f"lost-{name}-{path.parent.name}")
+    message = r"hold decisions, found none: another version.*train anew"
+    with pytest.raises(UserError, match=message):
         experiment.evaluate(run.workdir)
 
 
@@ -251,7 +254,7 @@ def test_config_of_a_version_without_thresholds(finished, tmp_path):
     fields = json.loads(path.read_text())
     del fields["threshold"]
     path.write_text(json.dumps(fields))
-    message = r"no config\.threshold\.image_fpr.*another version.*Train anew"
+    message = r"found: no config\.threshold\.image_fpr.*or train anew"
     with pytest.raises(UserError, match=message):
         experiment.evaluate(run.workdir)
     with pytest.raises(UserError, match=message):

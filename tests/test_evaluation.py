@@ -1,24 +1,34 @@
 from __future__ import annotations
 
+import functools
+import json
 import math
 import shutil
+from operator import getitem
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+import ulsad_jax
 from tests import runs, trees
 from tests.goldens import weights
+from tests.test_config import ADDED
 from ulsad_jax.data.batches import Examples
+from ulsad_jax.metrics import base
 from ulsad_jax.metrics.image import UndefinedMetricWarning
+from ulsad_jax.metrics.pixel import Pixels
 from ulsad_jax.report import figures
-from ulsad_jax.runs import evaluation
+from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import loop as trainer
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.scoring import prediction as inference
+from ulsad_jax.scoring.split import predict_split
 from ulsad_jax.trunks import weights as pretrained
 
 SIZE = (4, 6)
@@ -31,12 +41,15 @@ def predict(image):
     return inference.Prediction(
         anomaly_map=anomaly_map,
         score=score,
-        local_score=score + 1,
-        global_score=score + 2,
         normalized_score=score / 2,
         is_anomalous=score > 3,
-        mask_area=(anomaly_map > 2).sum((1, 2)),
+        scores={"global": score + 2, "local": score + 1},
+        mask_area=(anomaly_map > 2).sum((1, 2), dtype=np.int32),
+        maps={},
     )
+
+
+SHAPES = jax.eval_shape(predict, jax.ShapeDtypeStruct((1, *SIZE, 3), np.uint8))
 
 
 def make_batches(count, size):
@@ -68,13 +81,13 @@ def test_every_image_is_predicted_once(size):
         return predict(image)
 
     types = ["good", "cut", "good", "dent", "good"]
-    prediction, truth = evaluation.predict_split(
-        counting, make_batches(5, size), types=types, image_size=SIZE
+    prediction, truth = predict_split(
+        counting, make_batches(5, size), types=types, shapes=SHAPES
     )
     assert sorted(value for value in seen if value != 255) == [1, 2, 3, 4, 5]
     np.testing.assert_array_equal(prediction.score, [1, 2, 3, 4, 5])
-    np.testing.assert_array_equal(prediction.local_score, [2, 3, 4, 5, 6])
-    np.testing.assert_array_equal(prediction.global_score, [3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(prediction.scores["local"], [2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(prediction.scores["global"], [3, 4, 5, 6, 7])
     np.testing.assert_array_equal(prediction.normalized_score, [0.5, 1, 1.5, 2, 2.5])
     np.testing.assert_array_equal(prediction.is_anomalous, [0, 0, 0, 1, 1])
     np.testing.assert_array_equal(prediction.mask_area, [0, 0, 24, 24, 24])
@@ -88,20 +101,19 @@ def test_every_image_is_predicted_once(size):
 
 
 def test_split_of_no_image():
-    prediction, truth = evaluation.predict_split(
-        predict, iter(()), types=[], image_size=SIZE
-    )
+    prediction, truth = predict_split(predict, iter(()), types=[], shapes=SHAPES)
     assert prediction.anomaly_map.shape == (0, *SIZE)
     assert truth.labels.shape == prediction.score.shape == (0,)
 
 
 def test_image_level():
-    metrics = evaluation.image_level(
+    images = base.Images(
         np.array([0, 0, 1, 1]),
         ["good", "good", "logical_anomalies", "structural_anomalies"],
         np.array([0.1, 0.3, 0.2, 0.4]),
-        loco=True,
+        has_saturation=True,
     )
+    metrics = base.measure(base.find(()), base.IMAGE, images)
     assert metrics["image_auroc"] == 0.75
     assert metrics["image_auroc/logical_anomalies"] == 0.5
     assert metrics["image_auroc/structural_anomalies"] == 1.0
@@ -113,33 +125,20 @@ def test_image_level():
 def test_image_level_of_one_kind_of_image(label):
     types = ["cut" if label else "good"] * 3
     with pytest.warns(UndefinedMetricWarning, match="needs anomalous and normal"):
-        metrics = evaluation.image_level(
-            np.full(3, label), types, np.array([0.1, 0.2, 0.3]), loco=False
+        metrics = base.measure(
+            base.find(()),
+            base.IMAGE,
+            base.Images(np.full(3, label), types, np.array([0.1, 0.2, 0.3]), False),
         )
     assert all(math.isnan(value) for value in metrics.values())
 
 
-def test_pixel_level_leaves_unknown_masks_out():
-    rng = np.random.default_rng(0)
-    maps = rng.uniform(size=(4, 8, 8)).astype(np.float32)
-    masks = np.zeros((4, 8, 8), bool)
-    masks[2:, 2:4, 2:4] = True
-    has_mask = np.array([True, True, True, False])
-    metrics = evaluation.pixel_level(masks, has_mask, maps)
-    known = evaluation.pixel_level(masks[:3], has_mask[:3], maps[:3])
-    assert metrics["pixel_images_left_out"] == 1
-    assert known["pixel_images_left_out"] == 0
-    assert {k: v for k, v in metrics.items() if k != "pixel_images_left_out"} == {
-        k: v for k, v in known.items() if k != "pixel_images_left_out"
-    }
-
-
-def test_pixel_level_without_any_mask():
+def test_pixel_level_without_any_defect():
     maps = np.random.default_rng(0).uniform(size=(3, 8, 8)).astype(np.float32)
-    masks, has_mask = np.zeros((3, 8, 8), bool), np.array([True, False, False])
     with pytest.warns(UndefinedMetricWarning):
-        metrics = evaluation.pixel_level(masks, has_mask, maps)
-    assert metrics.pop("pixel_images_left_out") == 2
+        pixels = Pixels(np.zeros((3, 8, 8), bool), maps)
+        metrics = base.measure(base.find(()), base.PIXEL, pixels)
+    assert {"pixel_auroc", "pixel_f1_max", "aupro"} <= metrics.keys()
     assert all(math.isnan(value) for value in metrics.values())
 
 
@@ -188,7 +187,7 @@ def test_scores_do_not_depend_on_the_batch_size(finished, tmp_path, size):
     run = runs.copy(finished, tmp_path)
     config = finished.config.copy_and_resolve_references()
     config.evaluation.batch_size = size
-    experiment.config_lib.save(config, run.workdir / "config.json")
+    config_lib.save(config, run.workdir / "config.json")
     experiment.evaluate(run.workdir)
     names, scores = read_columns(run.workdir)
     expected_names, expected = read_columns(finished.workdir)
@@ -207,9 +206,9 @@ def test_a_batch_is_no_larger_than_its_split(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(Examples, "batches", note)
     made = trainer.make_validate
 
-    def make_validate(model, loss_fn, source, *, batch_size, **options):
+    def make_validate(method, source, *, batch_size, **options):
         sizes.append((len(source), batch_size))
-        return made(model, loss_fn, source, batch_size=batch_size, **options)
+        return made(method, source, batch_size=batch_size, **options)
 
     monkeypatch.setattr(trainer, "make_validate", make_validate)
     config = finished.config.copy_and_resolve_references()
@@ -218,6 +217,54 @@ def test_a_batch_is_no_larger_than_its_split(finished, tmp_path, monkeypatch):
     runs.train(config, tmp_path / "run")
     assert len(sizes) == 4  # features of two splits, validation, test
     assert all(size == count for count, size in sizes)
+
+
+def remove_later(fields, names):
+    """Removes fields that earlier versions did not know, in place."""
+    for name in names:
+        *groups, field = name.split(".")
+        del functools.reduce(getitem, groups, fields)[field]
+
+
+def test_folder_of_an_earlier_version_is_read(finished, tmp_path):
+    """One that knew neither methods nor digests; training goes on there, too."""
+    run = runs.copy(finished, tmp_path)
+    path = run.workdir / "config.json"
+    fields = json.loads(path.read_text())
+    remove_later(fields, ["format", "methods", *ADDED])
+    path.write_text(json.dumps(fields))
+    (run.workdir / "bottle" / "data.json").unlink()
+    for digests in run.workdir.glob("bottle/checkpoints/*/digest"):
+        shutil.rmtree(digests)
+    for name in ("results.json", "bottle/results.json", "bottle/scores.csv"):
+        (run.workdir / name).unlink()
+    experiment.evaluate(run.workdir)
+    runs.assert_same_category(run.workdir, finished.workdir)
+    result = ulsad_jax.Detector.load(run.workdir)(
+        runs.read_scores(run.workdir)[0]["image"]
+    )
+    score = float(runs.read_scores(finished.workdir)[0]["score"])
+    assert result.score == pytest.approx(score, rel=1e-4)
+    assert runs.train(run.config, run.workdir).startswith("category")
+    runs.assert_same_category(run.workdir, finished.workdir)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "detect"])
+def test_folder_of_a_later_version_is_refused(finished, tmp_path, command):
+    run = runs.copy(finished, tmp_path)
+    path = run.workdir / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"format": fields["format"] + 1}))
+    before = path.read_text()
+    with pytest.raises(UserError, match="another version wrote it"):
+        if command == "train":
+            runs.train(run.config, run.workdir)
+        elif command == "evaluate":
+            experiment.evaluate(run.workdir)
+        else:
+            ulsad_jax.Detector.load(run.workdir)
+    assert path.read_text() == before
+    runs.assert_same_category(run.workdir, finished.workdir)
 
 
 def save_other_trunk(path, *, seed=0, architecture="resnet18", tmp_path):
@@ -251,9 +298,11 @@ def test_tampered_trunk_is_refused(finished, tmp_path):
 
 
 def evaluate_on(finished, tmp_path, **tree):
-    """Metrics of the finished run on other test images."""
+    """Evaluates the finished run on its training images and other test images."""
     run = runs.copy(finished, tmp_path)
-    root = trees.write_mvtec_ad(tmp_path / "other", "bottle", **tree)
+    root = trees.write_mvtec_ad(tmp_path / "other", "bottle", train=0, **tree)
+    train = Path(finished.config.dataset.root, "bottle", "train")
+    shutil.copytree(train, root / "bottle" / "train")
     printed = experiment.evaluate(run.workdir, root=str(root))
     return run._replace(printed=printed)
 
@@ -374,8 +423,8 @@ def test_folder_without_test_images(tmp_path):
         experiment.evaluate(tmp_path / "run", root=str(renamed))
 
 
-def test_one_image_for_each_split(finished, tmp_path):
-    run = evaluate_on(finished, tmp_path, train=2, good=1, defects=["a"], per_defect=1)
+def test_one_test_image_of_each_kind(finished, tmp_path):
+    run = evaluate_on(finished, tmp_path, good=1, defects=["a"], per_defect=1)
     assert len(runs.read_scores(run.workdir)) == 2
     metrics = runs.read_results(run.workdir, "bottle")["metrics"]
     assert metrics["image_auroc"] in (0.0, 1.0)

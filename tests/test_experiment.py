@@ -16,16 +16,19 @@ import pytest
 from PIL import Image
 
 from tests import runs, trees
-from ulsad_jax.methods.ulsad.networks import Ulsad
+from ulsad_jax.methods.ulsad.networks import Networks
+from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import loop as trainer
 from ulsad_jax.runs import run as experiment
-from ulsad_jax.runs import trained, training
+from ulsad_jax.runs import saved, setup, steps
 from ulsad_jax.runtime.errors import Interrupted, UserError, reported
+from ulsad_jax.trunks import weights as pretrained
 from ulsad_jax.trunks.pyramid import FeaturePyramid
 
 # train.py itself, with a pause before every step: time to stop it somewhere.
 SLOWLY = """
 import runpy, sys, time
+from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import loop as trainer
 
 def slow_progress(steps, *arguments, **options):
@@ -256,7 +259,7 @@ def test_folder_of_an_earlier_version(finished, data, tmp_path, left_out):
         del fields["trunk"]["layers"], fields["trunk"]["whiten"]
         del fields["evaluation"]["write_maps"], fields["parallel"]
     path.write_text(json.dumps(fields))
-    assert trained.load_run(run.workdir).config.trunk.layers == "layer2+layer3"
+    assert saved.load_run(run.workdir).config.trunk.layers == "layer2+layer3"
     before = runs.read_scores(run.workdir)
     experiment.evaluate(run.workdir)
     assert runs.read_scores(run.workdir) == before
@@ -276,7 +279,7 @@ def test_folder_of_a_later_version(finished, tmp_path):
     for command in (
         lambda: runs.train(run.config, run.workdir),
         lambda: experiment.evaluate(run.workdir),
-        lambda: trained.load_run(run.workdir),
+        lambda: saved.load_run(run.workdir),
     ):
         with pytest.raises(UserError, match=r"format 1 or.*found format 2: another"):
             command()
@@ -390,10 +393,10 @@ def test_a_run_without_digests_goes_on(moved, finished):
 def test_another_trunk_is_refused(finished, tmp_path):
     """Training goes on with the features that it began with, or not at all."""
     run = runs.copy(finished, tmp_path)
-    trunk = experiment.pretrained.load_trunk(
+    trunk = pretrained.load_trunk(
         architecture="resnet18", source="random", repository="", path="", seed=9
     )
-    experiment.pretrained.save_trunk(trunk, run.workdir / "trunk.safetensors")
+    pretrained.save_trunk(trunk, run.workdir / "trunk.safetensors")
     config = run.config.copy_and_resolve_references()
     config.train.num_epochs += 1
     with pytest.raises(UserError, match=r"random:0.*found resnet18 from random:9"):
@@ -431,7 +434,7 @@ def test_categories_get_what_they_get_alone(both, finished, data, tmp_path):
     (tmp_path / "trunk.safetensors").write_bytes(
         (finished.workdir / "trunk.safetensors").read_bytes()
     )
-    experiment.config_lib.save(config, tmp_path / "config.json")
+    config_lib.save(config, tmp_path / "config.json")
     runs.train(config, tmp_path)  # bottle is finished: cable alone is trained
     runs.assert_same_category(both.workdir, tmp_path, "cable")
     categories = runs.read_results(tmp_path)["categories"]
@@ -544,8 +547,8 @@ def test_best_validation_loss(data, tmp_path, monkeypatch):
     experiment.evaluate(tmp_path, selection=best)
     document = runs.read_results(tmp_path, "bottle")
     assert (document["step"], document["selection"]) == (6, best)
-    assert trained.load_run(tmp_path).step == 12
-    assert trained.load_run(tmp_path, selection=best).step == 6
+    assert saved.load_run(tmp_path).step == 12
+    assert saved.load_run(tmp_path, selection=best).step == 6
     with pytest.raises(UserError, match="Expected a checkpoint with test_image_auroc"):
         experiment.evaluate(tmp_path, selection="best_test_auroc")
 
@@ -560,18 +563,18 @@ def test_divergence_stops_with_step_and_term(data, tmp_path):
 
 def test_checkpoints_before_a_divergence_stay(finished, tmp_path, monkeypatch):
     """The seventh update, and all after it, give a term that is not finite."""
-    plain = training.make_train_step
+    plain = steps.make_train_step
 
     def make_train_step(*args, **options):
         step = plain(*args, **options)
 
-        def diverging(state, features, image):
-            state, losses = step(state, features, image)
+        def diverging(state, batch, key):
+            state, losses = step(state, batch, key)
             return state, losses | {"local": losses["local"] / (state.step < 7)}
 
         return diverging
 
-    monkeypatch.setattr(training, "make_train_step", make_train_step)
+    monkeypatch.setattr(steps, "make_train_step", make_train_step)
     with pytest.raises(UserError, match="found inf in 'local' at step 7 of 'bottle'"):
         runs.train(finished.config, tmp_path)
     assert runs.read_steps(tmp_path) == [6]
@@ -582,21 +585,22 @@ def test_checkpoints_before_a_divergence_stay(finished, tmp_path, monkeypatch):
 
 def test_weights_that_diverged_are_not_saved(data, tmp_path, monkeypatch):
     """The loss of an epoch's last step does not show what its update did."""
-    plain = training.make_train_step
+    plain = steps.make_train_step
 
     def make_train_step(*args, **options):
         step = plain(*args, **options)
 
-        def diverging(state, features, image):
-            state, losses = step(state, features, image)
+        def diverging(state, batch, key):
+            state, losses = step(state, batch, key)
             if int(state.step) == 6:
-                params = jax.tree.map(lambda x: x * jax.numpy.nan, state.params)
-                state = state.replace(params=params)
+                params = state.model["params"]
+                params = jax.tree.map(lambda x: x * jax.numpy.nan, params)
+                state = state.replace(model=state.model | {"params": params})
             return state, losses
 
         return diverging
 
-    monkeypatch.setattr(training, "make_train_step", make_train_step)
+    monkeypatch.setattr(steps, "make_train_step", make_train_step)
     config = runs.make_config(data, {"train.checkpoint_every": 1})
     with pytest.raises(UserError, match=r"found nan in .*validation after step 6"):
         runs.train(config, tmp_path)
@@ -618,10 +622,11 @@ def test_networks_are_what_the_config_says():
     fields = {"train.dtype": "bfloat16", "trunk.layers": "layer3"}
     fields |= {"model.local_width": 24, "model.output_activation": "identity"}
     config = runs.make_config(Path("data"), fields)
-    assert training.make_model(config) == Ulsad(
+    made = setup.make(config_lib.resolve(config))
+    assert made.method.networks == Networks(
         local_width=24, output_activation="identity", dtype=jnp.bfloat16
     )
-    assert training.make_pyramid(config) == FeaturePyramid(
+    assert made.pyramid == FeaturePyramid(
         "resnet18", dtype=jnp.bfloat16, layers="layer3"
     )
 
@@ -639,8 +644,8 @@ def test_networks_are_what_the_config_says():
 def test_built_in_trunk_has_layer2_by_itself(source, layers, expected):
     fields = {"trunk.source": source, "trunk.layers": layers}
     config = runs.make_config(Path("data"), fields)
-    resolved = experiment.config_lib.resolve(config)
-    assert training.make_pyramid(resolved).layers == expected
+    resolved = config_lib.resolve(config)
+    assert setup.make(resolved).pyramid.layers == expected
 
 
 def test_validation_is_what_the_config_says(data, tmp_path):

@@ -17,11 +17,12 @@ import ulsad_jax
 from tests import formats, runs
 from ulsad_jax import artifact, export, export_onnx
 from ulsad_jax.data.resize import resize_bilinear
-from ulsad_jax.runs import trained
+from ulsad_jax.runs import folder as files_of
+from ulsad_jax.runs import saved
 from ulsad_jax.runtime.errors import UserError
 
 SCORES = ("score", "normalized_score", "local_score", "global_score")
-# A machine with what the README says, and nothing of this project.
+# A machine with what the docs say, and nothing of this project.
 ALONE = """
 import sys
 from importlib import metadata
@@ -39,7 +40,7 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 """
-# After the README's example, which opens bottle.zip and photo.png.
+# After the docs' example, which opens bottle.zip and photo.png.
 BATCHES = """
 from pathlib import Path
 
@@ -81,8 +82,9 @@ def read(path):
 
 
 def run_example(folder, program):
-    """Runs what the README says, and then `program`, where JAX is alone."""
-    section = (runs.REPOSITORY / "README.md").read_text().split("## Export\n")[1]
+    """Runs what the documentation says, and then `program`, where JAX is alone."""
+    page = (runs.REPOSITORY / "docs" / "predict_and_export.md").read_text()
+    section = page.split("## Export\n")[1]
     example = section.split("```python\n")[1].split("```")[0]
     ran = subprocess.run(
         [sys.executable, "-c", ALONE + example + program],
@@ -117,8 +119,9 @@ def test_same_numbers_where_jax_is_alone(finished, exported, images, tmp_path):
     for count in (1, 3, 8):
         some = {n: found[f"{n}/{count}"] for n in (*SCORES, "mask_area")}
         for i, result in enumerate(expected[:count]):
+            row = result.row()
             for name in SCORES:
-                value = getattr(result, name)
+                value = row[name]
                 within = normalized if name == "normalized_score" else near
                 np.testing.assert_allclose(some[name][i], value, **within)
             assert some["mask_area"][i] == result.mask_area
@@ -168,7 +171,7 @@ def test_what_the_file_says(finished, exported, capsys):
     assert metadata["image_size"] == [64, 64]
     assert metadata["category"] == "bottle"
     assert metadata["platforms"] == ["cpu", "cuda", "tpu"]
-    run = trained.load_run(finished.workdir)
+    run = saved.load_run(finished.workdir)
     assert metadata["thresholds"] == run.decisions.to_json()["thresholds"]
     assert metadata["trunk"]["sha256"] == run.trunk.sha256
     assert metadata["checkpoint"]["step"] == runs.read_steps(finished.workdir)[-1]
@@ -225,7 +228,7 @@ def test_bad_input(finished, tmp_path, monkeypatch, flags, message):
 def test_too_large(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(artifact, "LARGEST", 1000)
     with pytest.raises(UserError, match=r"at most 0\.00 GB"):
-        artifact.write(trained.load_run(finished.workdir), tmp_path / "x", ("cpu",))
+        artifact.write(saved.load_run(finished.workdir), tmp_path / "x", ("cpu",))
 
 
 @pytest.mark.parametrize("whiten", [False, True], ids=["scaled", "whitened"])
@@ -237,14 +240,14 @@ def test_weights_alone(finished, data, images, tmp_path, whiten):
     export.main([f"--workdir={workdir}", f"--output={path}", "--weights"])
     metadata, weights = artifact.read_weights(path)
     assert (weights.statistics.whitening is not None) == whiten
-    run = trained.load_run(workdir)
+    run = saved.load_run(workdir)
     runs.assert_same_arrays(weights, artifact.as_arrays(run.weights))
-    found = jax.jit(artifact.make_function(metadata["networks"], weights))(images)
+    found = jax.jit(artifact.make_function(metadata, weights))(images)
     expected = [r.score for r in ulsad_jax.Detector.load(workdir)(list(images))]
     np.testing.assert_allclose(found["score"], expected, rtol=1e-5, atol=1e-5)
     scores = [float(row["score"]) for row in runs.read_scores(workdir)]
     np.testing.assert_allclose(expected[:-1], scores, rtol=1e-5, atol=1e-5)
-    for wrong in (tmp_path / "none", finished.workdir / trained.TRUNK):
+    for wrong in (tmp_path / "none", finished.workdir / files_of.TRUNK):
         with pytest.raises(UserError, match="export --weights"):
             artifact.read_weights(wrong)
 

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ulsad_jax.trunks import features
+from ulsad_jax.trunks import features, sources
 from ulsad_jax.trunks import weights as pretrained
-from ulsad_jax.trunks.pyramid import FEATURE_CHANNELS, FeaturePyramid
+from ulsad_jax.trunks.pyramid import FeaturePyramid
 
 
 def draw(*shape, seed=0):
@@ -107,7 +107,7 @@ def test_dead_channel_on_an_image_where_it_fires():
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_extraction_keeps_the_order(size):
     images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(3, axis=-1)
-    raw, kept = features.extract(
+    kept, raw = sources.extract(
         lambda image: jnp.float32(image) / 2,
         make_batches(images, [3, 0, 4, 1, 2], size),
         5,
@@ -115,6 +115,13 @@ def test_extraction_keeps_the_order(size):
     np.testing.assert_array_equal(kept, images)
     np.testing.assert_array_equal(raw, images / 2)
     assert raw.dtype == np.float32
+
+
+def test_images_alone_are_read_without_a_trunk():
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(3, axis=-1)
+    kept, raw = sources.extract(None, make_batches(images, [3, 0, 4, 1, 2], 2), 5)
+    np.testing.assert_array_equal(kept, images)
+    assert raw is None
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -127,10 +134,10 @@ def test_features_of_an_image_do_not_depend_on_its_batch(dtype):
     )
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     alone, together = (
-        features.extract(extractor, make_batches(images, range(3), size), 3)[0]
+        sources.extract(extractor, make_batches(images, range(3), size), 3)[1]
         for size in (1, 2)
     )
-    assert alone.shape == (3, 8, 8, FEATURE_CHANNELS)
+    assert alone.shape == (3, 8, 8, 384)
     assert alone.dtype == np.float32
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(together, alone, atol=tolerance * np.abs(alone).max())

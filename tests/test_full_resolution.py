@@ -15,7 +15,7 @@ from tests import runs, trees
 from tests.test_metrics import draw_scores
 from ulsad_jax.data.batches import open_category
 from ulsad_jax.data.resize import resize_map
-from ulsad_jax.metrics import pixel, spro
+from ulsad_jax.metrics import base, pixel, spro
 from ulsad_jax.metrics.image import UndefinedMetricWarning
 from ulsad_jax.runs import evaluation, full_resolution
 from ulsad_jax.runs import run as experiment
@@ -27,7 +27,7 @@ LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"
 
 def measure(examples, maps, *, loco):
     stream = full_resolution.stream_pixels(examples, maps, loco=loco, title="")
-    return full_resolution.measure(stream, loco=loco)
+    return base.measure(base.find(()), base.PIXEL, stream, base.ORIGINAL)
 
 
 def open_test(name, root, category, tmp_path):

@@ -16,6 +16,7 @@ import ulsad_jax
 from configs import folder as folder_config
 from tests import formats, runs
 from ulsad_jax import predict
+from ulsad_jax.runs import data as data_lib
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runtime.errors import UserError
 
@@ -140,7 +141,7 @@ def test_what_needs_a_white_level_is_refused_by_name(tmp_path):
     root = write_data(tmp_path / "mine", write_plain)
     path = formats.save_deep(root / "train/good", "float.tif", draw(0), factor=1 / 255)
     with pytest.raises(UserError, match=rf"{path} .* --config.dataset.white_level=1,"):
-        experiment.open_data(make_config(root), "mine")
+        data_lib.open_data(make_config(root), "mine")
 
 
 def test_dark_sets_are_named_in_every_run(tmp_path, capsys):
@@ -149,7 +150,7 @@ def test_dark_sets_are_named_in_every_run(tmp_path, capsys):
         path = formats.save_deep(root / "train/good", "grey16.png", draw(i), factor=4)
         path.rename(path.with_name(f"{i}.png"))
     for _ in range(2):
-        experiment.open_data(make_config(root), "mine")
+        data_lib.open_data(make_config(root), "mine")
         printed = capsys.readouterr()
         assert "4 files have 16 bits a channel, but no value above 1023" in printed.out
         assert "set --config.dataset.white_level=1023" in printed.out

@@ -46,9 +46,10 @@ from ulsad_jax.trunks import features
 from ulsad_jax.methods.ulsad import losses
 from ulsad_jax.scoring import calibration as scoring
 from ulsad_jax.trunks import torch_names as torch_import
-from ulsad_jax.runs import training
+from ulsad_jax.runs import steps
 from ulsad_jax.trunks import pyramid
-from ulsad_jax.methods.ulsad import networks as ulsad
+from ulsad_jax.methods import base, padim
+from ulsad_jax.methods.ulsad import method
 """
 
 ONNX = """

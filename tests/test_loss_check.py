@@ -8,7 +8,8 @@ import pytest
 from configs import default
 from tests import runs
 from ulsad_jax.methods.ulsad import loss_check, losses
-from ulsad_jax.runs import training
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import setup
 from ulsad_jax.runtime.errors import UserError
 
 HERE = "tests.test_loss_check"
@@ -26,6 +27,20 @@ def make_config(terms=None, **fields):
         for name in terms:
             config.losses[name] = {"term": f"{HERE}:{name}", "weight": 1.0}
     return config
+
+
+def make(config):
+    return setup.make(config_lib.resolve(config))
+
+
+def check(config):
+    """What is said before training."""
+    return setup.check(make(config), config)
+
+
+def draw_outputs(config):
+    made = make(config)
+    return loss_check.draw_outputs(made.method.networks, made.spec(8))
 
 
 def rooted(outputs):
@@ -95,6 +110,16 @@ def spread_later(outputs, *, step):
     return jnp.where(step > 500, 1.0, 0.0) * spread(outputs)
 
 
+def noisy(outputs, *, image, key):
+    noise = jax.random.normal(key, outputs["local"].shape)
+    errors = jnp.square(outputs["local"] + noise - outputs["features"])
+    return errors.mean((1, 2, 3)) + image.mean((1, 2, 3))
+
+
+def image_sum(outputs, *, image):
+    return outputs["local"].mean((1, 2, 3)) * image.sum()
+
+
 def chosen(outputs, *, share=0.5):
     return outputs["local"].mean((1, 2, 3)) * (2 if share > 0.3 else 1)
 
@@ -102,12 +127,16 @@ def chosen(outputs, *, share=0.5):
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_drawn_outputs_are_like_those_of_the_networks(activation):
     config = make_config(**{"model.output_activation": activation})
-    drawn = loss_check.draw_outputs(config)
-    model = training.make_model(config)
+    drawn, images = draw_outputs(config)
+    assert (images.shape, images.dtype) == ((2, 64, 96, 3), jnp.uint8)
+    networks = make(config).method.networks
     image = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.uint8)
     x = jax.ShapeDtypeStruct((2, 8, 12, 384), jnp.float32)
     expected, _ = jax.eval_shape(
-        lambda *a: model.init_with_output(*a, train=False), jax.random.key(0), x, image
+        lambda *a: networks.init_with_output(*a, train=False),
+        jax.random.key(0),
+        x,
+        image,
     )
     assert jax.tree.map(lambda a: (a.shape, a.dtype), drawn) == jax.tree.map(
         lambda a: (a.shape, a.dtype), expected
@@ -121,9 +150,9 @@ def test_gradients_are_those_of_each_term_alone():
     """One term's gradient that is not finite leaves the others as they are."""
     config = make_config()
     config.losses.rooted = {"term": f"{HERE}:rooted", "weight": 1.0}
-    outputs = loss_check.draw_outputs(config)
+    outputs, image = draw_outputs(config)
     values, gradients = loss_check.differentiate(
-        losses.make_loss_fn(config.losses), outputs, 0
+        losses.make_loss_fn(config.losses), outputs, image, 0
     )
     total, means = losses.make_loss_fn(config.losses)(outputs)
     assert values == pytest.approx(
@@ -158,7 +187,7 @@ def test_gradients_are_those_of_each_term_alone():
 )
 def test_terms_that_cannot_be_trained_with(term, message):
     with pytest.raises(UserError, match=message):
-        loss_check.check(make_config([term]))
+        check(make_config([term]))
 
 
 def test_nothing_is_written_for_a_term_that_cannot_be_trained_with(data, tmp_path):
@@ -170,7 +199,7 @@ def test_nothing_is_written_for_a_term_that_cannot_be_trained_with(data, tmp_pat
 
 
 def test_published_terms_train_everything():
-    assert loss_check.check(make_config()) == ""
+    assert check(make_config()) == ""
 
 
 @pytest.mark.parametrize(
@@ -188,18 +217,18 @@ def test_what_no_term_trains_is_said(removed, untrained):
     config = make_config()
     for name in removed:
         del config.losses[name]
-    found = loss_check.check(config)
+    found = check(config)
     assert bool(found) == bool(untrained)
     assert all(text in found for text in untrained)
 
 
 def test_a_weight_of_zero_trains_nothing():
     config = make_config(**{"losses.consistency.weight": 0.0})
-    assert "predicted_global" in loss_check.check(config)
+    assert "predicted_global" in check(config)
 
 
 def test_codes_alone_train_nothing_that_maps_are_made_of():
-    found = loss_check.check(make_config(["codes"]))
+    found = check(make_config(["codes"]))
     assert "all of the local network (local, predicted_global)" in found
     assert "all of the global network (global_)" in found
 
@@ -207,29 +236,36 @@ def test_codes_alone_train_nothing_that_maps_are_made_of():
 def test_a_term_that_trains_nothing_is_said():
     config = make_config()
     config.losses.mine = {"term": f"{HERE}:dead", "weight": 1.0}
-    assert loss_check.check(config) == (
+    assert check(config) == (
         "Loss term 'mine' has no gradient on random outputs: it trains nothing."
     )
 
 
-@pytest.mark.parametrize("term", ["spread", "spread_later"])
+def test_a_term_with_images_and_noise_of_its_own_is_tried():
+    """Noise differs between an example alone and beside others: that says nothing."""
+    config = make_config()
+    config.losses.mine = {"term": f"{HERE}:noisy", "weight": 1.0}
+    assert check(config) == ""
+
+
+@pytest.mark.parametrize("term", ["spread", "spread_later", "image_sum"])
 def test_a_term_of_the_batch_is_said(term):
     """It would be another loss in a filled batch, and under pmap."""
     config = make_config()
     config.losses.mine = {"term": f"{HERE}:{term}", "weight": 1.0}
-    found = loss_check.check(config)
+    found = check(config)
     assert found.startswith("Loss term 'mine' gives an example another loss beside")
     assert found.count("\n") == 0
 
 
 def test_python_conditions_on_a_traced_number():
     loss_fn = losses.make_loss_fn({"mine": {"term": f"{HERE}:chosen", "weight": 1.0}})
-    outputs = loss_check.draw_outputs(make_config())
+    outputs, _ = draw_outputs(make_config())
     with pytest.raises(UserError, match=r"until the step runs.*neither `if`.*Correct"):
         jax.jit(lambda n: loss_fn(outputs, numbers={"mine": {"share": n}}))(0.2)
 
 
 def test_schedules_that_begin_or_end_with_nothing():
-    assert loss_check.check(make_config(["late"])) == ""
-    found = loss_check.check(make_config(["early"]))
+    assert check(make_config(["late"])) == ""
+    found = check(make_config(["early"]))
     assert "predicted_global" in found and "(local" not in found

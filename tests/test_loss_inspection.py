@@ -1,4 +1,4 @@
-"""The README's laboratory, as it is written there, on a small system."""
+"""The laboratory of docs/losses.md, as it is written there, on a small system."""
 
 import importlib
 import json
@@ -17,24 +17,23 @@ from tests import runs
 from ulsad_jax import inspect_losses
 from ulsad_jax.methods.ulsad import losses
 from ulsad_jax.methods.ulsad.networks import NETWORKS
-from ulsad_jax.runs import loss_inspection, training
-from ulsad_jax.runs import run as experiment
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import data as data_lib
+from ulsad_jax.runs import loss_inspection, setup, steps
 
-SECTION = "### A laboratory for loss terms"
 STEP = 200
 
 
 @pytest.fixture(scope="module")
-def section():
-    text = (runs.REPOSITORY / "README.md").read_text()
-    return text.split(SECTION)[1].split("\n## ")[0]
+def page():
+    return (runs.REPOSITORY / "docs" / "losses.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def mine(section, tmp_path_factory):
-    """The folder with the README's files, which Python finds."""
+def mine(page, tmp_path_factory):
+    """The folder with the page's files, which Python finds."""
     root = tmp_path_factory.mktemp("laboratory")
-    for path, text in re.findall(r"```python\n# (\S+)\n(.*?)```", section, re.S):
+    for path, text in re.findall(r"```python\n# (\S+)\n(.*?)```", page, re.S):
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_text(text)
     sys.path.insert(0, str(root / "mine"))
@@ -44,9 +43,9 @@ def mine(section, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fields(data):
-    """What makes the README's config small: all training images in one batch."""
+    """What makes the page's config small: all training images in one batch."""
     config = runs.make_config(data)
-    count = len(experiment.open_data(config, "bottle").train)
+    count = len(data_lib.open_data(config, "bottle").train)
     return runs.FIELDS | {
         "dataset.name": "mvtec_ad",
         "dataset.category": "bottle",
@@ -105,20 +104,16 @@ def test_each_term_has_a_gradient_for_what_it_uses(document):
 
 def test_gradient_norms_are_those_of_the_weighted_terms(config, document):
     """Of each term in a config of its own, differentiated through the networks."""
-    x, image = loss_inspection._first_batch(config, "bottle")
-    model = training.make_model(config)
-    optimizer = training.make_optimizer(**config.optimizer)
-    key = jax.random.fold_in(jax.random.key(0), training.category_seed("bottle"))
-    shapes = {
-        "features": jax.ShapeDtypeStruct(x.shape, x.dtype),
-        "image": jax.ShapeDtypeStruct(image.shape, image.dtype),
-    }
-    state = training.init_state(model, optimizer, key, **shapes)
+    config = config_lib.resolve(config)
+    made = setup.make(config)
+    x, image = loss_inspection._first_batch(config, made, "bottle")
+    key = steps.initial_key(0, "bottle")
+    state = steps.make_init(made.method, made.spec(len(image)))(key)
 
     @jax.jit
     def differentiate(variables, x, image, numbers):
         def loss(params):
-            outputs, _ = model.apply(
+            outputs, _ = made.method.networks.apply(
                 variables | {"params": params},
                 x,
                 image,
@@ -136,7 +131,7 @@ def test_gradient_norms_are_those_of_the_weighted_terms(config, document):
             other: {"weight": entry["weight"] * (name in (other, "total"))}
             for other, entry in config.losses.items()
         }
-        norms = differentiate(state.variables, x, image, weights)
+        norms = differentiate(state.model, x, image, weights)
         expected = {network: float(norm) for network, norm in norms.items()}
         assert term["gradient_norm"] == pytest.approx(expected, rel=1e-3), name
 
@@ -208,9 +203,9 @@ def test_warning_is_below_the_table(config, monkeypatch, capsys):
     assert line.endswith("weight 0")
 
 
-def test_command_of_the_readme(section, mine, fields):
+def test_command_of_the_page(page, mine, fields):
     """As it is written there, with flags that make it small."""
-    (line,) = re.findall(r"python -m ulsad_jax\.inspect_losses .*", section)
+    (line,) = re.findall(r"python -m ulsad_jax\.inspect_losses .*", page)
     flags = {k: v for k, v in fields.items() if not isinstance(v, tuple)}
     done = subprocess.run(
         [
@@ -227,7 +222,7 @@ def test_command_of_the_readme(section, mine, fields):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    shown = re.search(r"\n```\n(assembly.*?)\n```", section, re.S)[1].splitlines()
+    shown = re.search(r"\n```\n(assembly.*?)\n```", page, re.S)[1].splitlines()
     printed = done.stdout.splitlines()
     assert printed[1].split() == shown[1].split()
     names = [line.split()[0] for line in shown[1:]]

@@ -204,6 +204,10 @@ def own_terms(tmp_path, monkeypatch):
         "    share = step / length\n"
         "    return share * (share < 1) * outputs['local'].mean((1, 2, 3)) + (\n"
         "        (share >= 1) * outputs['local'].mean((1, 2, 3)))\n"
+        "def given(outputs, *, step, image, key):\n"
+        "    import jax\n"
+        "    drawn = jax.random.uniform(key, (len(outputs['local']),))\n"
+        "    return drawn + image.mean((1, 2, 3)) + step\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -310,10 +314,25 @@ def test_numbers_of_nothing(numbers, message):
         losses.make_loss_fn(full_config())(draw_outputs(), numbers=numbers)
 
 
-def test_step_is_not_a_hyperparameter(own_terms):
-    config = {"s": entry("own_terms:ramp", length=8, step=3)}
-    with pytest.raises(UserError, match=r"losses\.s without `step`.*found 3"):
+@pytest.mark.parametrize("keyword", losses.GIVEN)
+def test_what_is_given_is_not_a_hyperparameter(own_terms, keyword):
+    config = {"s": entry("own_terms:given", **{keyword: 3})}
+    with pytest.raises(UserError, match=rf"losses\.s without `{keyword}`.*found 3"):
         losses.make_loss_fn(config)
+
+
+def test_image_and_key_reach_the_terms_that_ask_for_them(own_terms):
+    outputs, image = draw_outputs(), np.full((3, 32, 40, 3), 7, np.uint8)
+    config = {name: entry("own_terms:given") for name in "ab"}
+    loss_fn = jax.jit(losses.make_loss_fn(config))
+    found = []
+    for seed in (0, 0, 1):
+        key = jax.random.key(seed)
+        _, means = loss_fn(outputs, step=2, image=image, key=key)
+        found.append([float(means[name]) - 7 - 2 for name in "ab"])
+        assert all(0 < number < 1 for number in found[-1])
+    assert found[0] == found[1]
+    assert len({number for pair in found for number in pair}) == 4
 
 
 @pytest.mark.parametrize(

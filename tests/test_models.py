@@ -9,9 +9,9 @@ import pytest
 
 from ulsad_jax.methods.ulsad.autoencoder import GlobalAutoencoder, decoder_sizes
 from ulsad_jax.methods.ulsad.local import LocalReconstructor
-from ulsad_jax.methods.ulsad.networks import Ulsad
+from ulsad_jax.methods.ulsad.networks import Networks
 from ulsad_jax.trunks.pyramid import FeaturePyramid
-from ulsad_jax.trunks.resnet import ARCHITECTURES, ResNet, fold_batch_norm
+from ulsad_jax.trunks.resnet import TRUNKS, fold_batch_norm
 
 SIZES = [(64, 64), (64, 96), (96, 64), (128, 128), (256, 256), (320, 224)]
 SMALL = (64, 96)  # pixels of the tests that compute
@@ -57,12 +57,12 @@ def draw_variables(module, *inputs, **kwargs):
 
 @pytest.fixture(scope="module")
 def variables():
-    return draw_variables(Ulsad(local_width=16), *small_inputs(), train=False)
+    return draw_variables(Networks(local_width=16), *small_inputs(), train=False)
 
 
 @functools.cache
 def predictor(**options):
-    model = Ulsad(local_width=16, **options)
+    model = Networks(local_width=16, **options)
     return jax.jit(lambda *args: model.apply(*args, train=False))
 
 
@@ -70,14 +70,15 @@ def predict(variables, features, images, **options):
     return predictor(**options)(variables, features, images)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRUNKS)
 def test_trunk_shapes(architecture):
-    _, outputs = shapes(ResNet(architecture), spec(2, 64, 96, 3))
-    expansion = 4 if ARCHITECTURES[architecture].bottleneck else 1
-    assert [output.shape for output in outputs] == [
-        (2, 8, 12, 128 * expansion),
-        (2, 4, 6, 256 * expansion),
-    ]
+    module = TRUNKS[architecture].make()
+    _, outputs = shapes(module, spec(2, 64, 96, 3))
+    expansion = 4 if module.bottleneck else 1
+    assert {name: output.shape for name, output in outputs.items()} == {
+        "layer2": (2, 8, 12, 128 * expansion),
+        "layer3": (2, 4, 6, 256 * expansion),
+    }
 
 
 @pytest.mark.parametrize(
@@ -92,15 +93,15 @@ def test_trunk_shapes(architecture):
     ],
 )
 def test_trunk_parameters(architecture, parameters):
-    variables, _ = shapes(ResNet(architecture), spec(1, 64, 64, 3))
+    variables, _ = shapes(TRUNKS[architecture].make(), spec(1, 64, 64, 3))
     assert count(variables["params"]) == parameters
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRUNKS)
 def test_folded_trunk_has_a_bias_for_every_batch_norm(architecture):
     image = spec(1, 64, 64, 3)
-    whole, _ = shapes(ResNet(architecture), image)
-    folded, _ = shapes(ResNet(architecture, folded=True), image)
+    whole, _ = shapes(TRUNKS[architecture].make(), image)
+    folded, _ = shapes(TRUNKS[architecture].make(folded=True), image)
     assert folded.keys() == {"params"}
     # Of scale, shift, mean and variance one number is left.
     assert count(folded) == count(whole["params"]) - count(whole["batch_stats"]) / 2
@@ -114,7 +115,7 @@ def test_folded_trunk_has_a_bias_for_every_batch_norm(architecture):
 def test_folded_trunk_computes_the_same(architecture):
     rng = np.random.default_rng(0)
     image = rng.normal(size=(2, *SMALL, 3)).astype(np.float32)
-    shape, _ = shapes(ResNet(architecture), image)
+    shape, _ = shapes(TRUNKS[architecture].make(), image)
     low = {"kernel": -0.1, "mean": -0.5, "bias": -0.5, "scale": 0.5, "var": 0.5}
     width = {"kernel": 0.2}
     variables = jax.tree_util.tree_map_with_path(
@@ -124,16 +125,18 @@ def test_folded_trunk_computes_the_same(architecture):
         shape,
     )
     before = jax.device_get(variables)
-    expected = jax.jit(ResNet(architecture).apply)(variables, image)
-    found = jax.jit(ResNet(architecture, folded=True).apply)(
+    expected = jax.jit(TRUNKS[architecture].make().apply)(variables, image)
+    found = jax.jit(TRUNKS[architecture].make(folded=True).apply)(
         fold_batch_norm(variables), image
     )
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        atol = 1e-5 * np.abs(value).max()
+        np.testing.assert_allclose(found[name], value, atol=atol)
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRUNKS)
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32])
 def test_pyramid_has_384_channels(architecture, dtype):
     image = spec(2, 64, 96, 3, dtype=dtype)
@@ -147,7 +150,7 @@ def test_output_shapes(size):
     height, width = size
     grid = (2, height // 8, width // 8)
     features, image = spec(*grid, 384), spec(2, *size, 3)
-    _, outputs = shapes(Ulsad(), features, image, train=False)
+    _, outputs = shapes(Networks(), features, image, train=False)
     codes = {
         "local_code": (2, height // 32, width // 32, 1536),
         "global_code": (2, 64),
@@ -183,7 +186,9 @@ def test_parameter_counts():
     global_, _ = shapes(GlobalAutoencoder(384), spec(1, 256, 256, 3), train=False)
     assert count(local["params"]) == 65_487_744
     assert count(global_["params"]) == 1_030_720
-    both, _ = shapes(Ulsad(), spec(1, 32, 32, 384), spec(1, 256, 256, 3), train=False)
+    both, _ = shapes(
+        Networks(), spec(1, 32, 32, 384), spec(1, 256, 256, 3), train=False
+    )
     assert count(both["params"]) == 65_487_744 + 1_030_720
 
 
@@ -228,7 +233,7 @@ def test_evaluation_does_not_mix_images(variables):
 
 def test_training_updates_every_running_statistic(variables):
     apply = jax.jit(
-        lambda *args: Ulsad(16).apply(*args, train=True, mutable=["batch_stats"])
+        lambda *args: Networks(16).apply(*args, train=True, mutable=["batch_stats"])
     )
     outputs, updates = apply(variables, *small_inputs())
     old = jax.tree.leaves(variables["batch_stats"])
@@ -244,7 +249,7 @@ def test_training_updates_every_running_statistic(variables):
 def test_bfloat16_keeps_float32_outside(train):
     features, images = small_inputs()
     variables, outputs = shapes(
-        Ulsad(16, dtype=jnp.bfloat16),
+        Networks(16, dtype=jnp.bfloat16),
         spec(*features.shape),
         spec(*images.shape),
         train=train,
@@ -280,7 +285,7 @@ def test_pyramid_takes_bytes_or_floats():
 def test_codes_are_what_the_decoders_read(variables):
     """Flax's own record of the layers says so."""
     features, image = small_inputs()
-    outputs, state = Ulsad(16).apply(
+    outputs, state = Networks(16).apply(
         variables,
         features,
         image,

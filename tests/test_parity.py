@@ -19,18 +19,21 @@ import pytest
 from configs import default
 from tests.goldens import weights
 from tests.goldens.cut import cut
+from ulsad_jax.methods.base import Batch
 from ulsad_jax.methods.ulsad import losses
-from ulsad_jax.runs import training
+from ulsad_jax.methods.ulsad import torch_names as ulsad_names
+from ulsad_jax.methods.ulsad.method import make_optimizer
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import setup
 from ulsad_jax.scoring import calibration as scoring
 from ulsad_jax.trunks import features
 from ulsad_jax.trunks import torch_names as torch_import
 from ulsad_jax.trunks.pyramid import FeaturePyramid, pyramid_variables
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-CONFIG = default.get_config()
-MODEL = training.make_model(CONFIG)
-LOSS_FN = losses.make_loss_fn(CONFIG.losses)
-OPTIMIZER = training.make_optimizer(**CONFIG.optimizer)
+CONFIG = config_lib.resolve(default.get_config())
+METHOD = setup.make(CONFIG).method
+OPTIMIZER = make_optimizer(**CONFIG.optimizer)
 # A batch norm follows every convolution's bias but the last one's.
 CANCELLED_BIAS = re.compile(r"(local|global)/(?!deconv8)\w*conv\d\.bias")
 
@@ -56,20 +59,22 @@ class Training(NamedTuple):
 # Arrays of this size go in as arguments: XLA would fold constants for minutes.
 @jax.jit
 def predict(variables, features, images):
-    return MODEL.apply(variables, features, images, train=False)
+    batch = Batch(images, features, np.ones(len(images), bool))
+    outputs = METHOD.networks.apply(variables, features, images, train=False)
+    return outputs, METHOD.maps(variables, batch)
 
 
 @jax.jit
 def step(variables, optimizer_state, features, images):
     def loss(params):
-        outputs, updates = MODEL.apply(
+        outputs, updates = METHOD.networks.apply(
             variables | {"params": params},
             features,
             images,
             train=True,
             mutable=["batch_stats"],
         )
-        total, terms = LOSS_FN(outputs)
+        total, terms = METHOD.loss_fn(outputs)
         return total, (terms, updates)
 
     params = variables["params"]
@@ -79,11 +84,6 @@ def step(variables, optimizer_state, features, images):
     delta, optimizer_state = OPTIMIZER.update(gradients, optimizer_state, params)
     variables = {"params": optax.apply_updates(params, delta), **updates}
     return variables, optimizer_state, total, terms, gradients
-
-
-def raw_maps(case, variables):
-    outputs = predict(variables, case.features, case.images)
-    return outputs, scoring.raw_maps(outputs, case.images.shape[1:3])
 
 
 def relative_error(ours, golden):
@@ -115,13 +115,17 @@ def case(request):
     trunk = torch_import.import_trunk(
         fill(weights.resnet_spec(architecture), "backbone"), architecture
     )
-    variables = torch_import.join_networks(
-        torch_import.import_local(fill(weights.local_spec(), "local")),
-        torch_import.import_global(fill(weights.global_spec(), "global")),
+    variables = ulsad_names.join_networks(
+        ulsad_names.import_local(
+            fill(weights.local_spec(), "local"), channels=384, width=1536
+        ),
+        ulsad_names.import_global(
+            fill(weights.global_spec(), "global"), channels=384, image_size=(size, size)
+        ),
     )
     images = weights.images(meta["batch"], size, seed=seed)
     pyramid = jax.jit(FeaturePyramid(architecture).apply)(
-        pyramid_variables(trunk), images
+        pyramid_variables(architecture, trunk), images
     )
     pyramid = np.asarray(pyramid)
     statistics = features.channel_statistics(pyramid, whiten=False)
@@ -139,12 +143,12 @@ def case(request):
 @pytest.fixture(scope="module")
 def evaluated(case):
     """Everything of the goldens that needs no training, under the same names."""
-    outputs, maps = raw_maps(case, case.variables)
+    outputs, maps = predict(case.variables, case.features, case.images)
     local = np.concatenate([outputs["local"], outputs["predicted_global"]], axis=-1)
     x, g = outputs["features"][:1], outputs["global_"][:1]
-    calibration = scoring.calibrate(
-        np.asarray(maps.local), np.asarray(maps.global_), method="quantile"
-    )
+    calibration = scoring.calibrate(jax.device_get(maps), method="quantile")
+    low = calibration.offset
+    high = {name: low[name] + 0.1 / scale for name, scale in calibration.scale.items()}
     fused = scoring.fuse(maps, calibration)
     values = {
         "pyramid_raw": case.pyramid[:1],
@@ -154,13 +158,13 @@ def evaluated(case):
         "global_eval": g[..., ::8],
         "attention_self": losses.attention(x, x)[..., ::8],
         "attention_cross": losses.attention(g, x)[..., ::8],
-        "map_local_raw": maps.local,
-        "map_global_raw": maps.global_,
+        "map_local_raw": maps["local"],
+        "map_global_raw": maps["global"],
         "map_combined_raw": scoring.fuse(maps, scoring.Calibration()),
-        "qa_local": calibration.local_offset,
-        "qb_local": calibration.local_offset + 0.1 / calibration.local_scale,
-        "qa_global": calibration.global_offset,
-        "qb_global": calibration.global_offset + 0.1 / calibration.global_scale,
+        "qa_local": low["local"],
+        "qb_local": high["local"],
+        "qa_global": low["global"],
+        "qb_global": high["global"],
         "map_combined_quantile": fused,
         "image_score_quantile": scoring.image_score(fused),
     }
@@ -277,7 +281,7 @@ def test_running_statistics_after_training(case, trained):
 
 def test_map_after_training(case, trained):
     name = "map_combined_after_training"
-    _, maps = raw_maps(case, trained.variables)
+    _, maps = predict(trained.variables, case.features, case.images)
     ours = cut(name, np.asarray(scoring.fuse(maps, scoring.Calibration())))
     # Made of those statistics. With resnet18 the same code has 0.8e-2 on two cores and
     # 1.6e-2 on one, whose sums are taken in another order; with the other trunk 0.5e-2

@@ -17,9 +17,11 @@ import ulsad_jax
 from tests import runs, trees
 from ulsad_jax import predict, predictions
 from ulsad_jax.detector import Detector
-from ulsad_jax.runs.results import SCORES
 from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.scoring.result import columns
 
+SCORES = columns(("global", "local"))
+COLUMNS = ("image", "name", *SCORES, "width", "height", "error")
 BAD = ("broken/bomb.png", "broken/cut.jpg", "broken/empty.png", "broken/text.png")
 
 
@@ -92,7 +94,7 @@ def test_json_lines_say_what_the_table_says(predicted):
     rows, lines = runs.read_table(predicted[1] / "scores.csv"), read_json(predicted[1])
     assert len(rows) == len(lines)
     for row, line in zip(rows, lines, strict=True):
-        assert list(row) == list(line) == list(predictions.COLUMNS)
+        assert list(row) == list(line) == list(COLUMNS)
         for name, value in line.items():
             assert row[name] == ("" if value is None else str(value))
 
@@ -101,10 +103,9 @@ def test_rows_are_what_the_detector_says(predicted, detector):
     for line in read_json(predicted[1]):
         if line["error"] is None:
             result = detector(line["image"])
+            row = result.row()
             for name in SCORES:
-                assert line[name] == pytest.approx(
-                    getattr(result, name), rel=1e-4, abs=1e-5
-                )
+                assert line[name] == pytest.approx(row[name], rel=1e-4, abs=1e-5)
             shape = (line["height"], line["width"])
             assert result.mask.shape == shape
             assert line["mask_share"] == line["mask_area"] / math.prod(shape)
@@ -360,9 +361,9 @@ def test_image_that_is_replaced_by_one_of_another_size(detector, tmp_path, monke
     trees.write_image(tmp_path / "in" / "0.png")
     predict = detector.predict
 
-    def replace(batch):
+    def replace(batch, **options):
         trees.write_image(tmp_path / "in" / "0.png", size=(20, 20))
-        return predict(batch)
+        return predict(batch, **options)
 
     monkeypatch.setattr(detector, "predict", replace)
     inputs = predictions.find_inputs([str(tmp_path / "in")])
@@ -428,9 +429,9 @@ def test_file_that_goes_while_it_is_predicted(detector, tmp_path, monkeypatch):
         trees.write_image(tmp_path / "in" / f"{i}.png")
     predict = detector.predict
 
-    def remove(batch):
+    def remove(batch, **options):
         (tmp_path / "in" / "1.png").unlink()
-        return predict(batch)
+        return predict(batch, **options)
 
     monkeypatch.setattr(detector, "predict", remove)
     inputs = predictions.find_inputs([str(tmp_path / "in")])

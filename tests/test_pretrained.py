@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tests import runs
 from tests.goldens import weights
 from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.trunks import base
 from ulsad_jax.trunks import weights as pretrained
 
 
@@ -54,7 +55,7 @@ def test_random_trunk_depends_on_the_seed_alone(random_trunk):
 
 
 def test_builtin_trunk_is_what_its_metadata_says():
-    with safe_open(pretrained.BUILTIN, framework="numpy") as file:
+    with safe_open(base.find("resnet18").builtin.path, framework="numpy") as file:
         about = file.metadata()
     trunk = load(source="builtin")
     assert trunk.identity.source == "builtin:resnet18"

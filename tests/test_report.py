@@ -15,23 +15,16 @@ from PIL import Image
 from tests import runs
 from ulsad_jax.metrics import pixel
 from ulsad_jax.metrics.curves import Curve, area_up_to, thin
-from ulsad_jax.report import page, pictures, plots, run_files, sections
-from ulsad_jax.runs import evaluation, results
+from ulsad_jax.report import page, pictures, plots, sections
+from ulsad_jax.runs import evaluation, results, run_files
+from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runtime import files, stages
 from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.scoring.result import columns
 
 HOSTILE = "<script>document.title='gone'</script>\"' onload=\"x()\" & $title"
-HEAD = [
-    "image",
-    "name",
-    "type",
-    "label",
-    "score",
-    "is_anomalous",
-    "local_score",
-    "global_score",
-]
+HEAD = ["image", "name", "type", "label", *columns(("global", "local"))]
 IMAGES = [  # type, stem, score, decision at 0.5
     ("good", "calm", 0.1, False),
     ("good", "alarm", 0.9, True),
@@ -42,17 +35,18 @@ IMAGES = [  # type, stem, score, decision at 0.5
 
 def write_run(workdir: Path, *, category="bottle", images=IMAGES, **about) -> Path:
     """The files of a run that the report reads, without a training."""
-    folder = workdir / results.file_name(category)
+    folder = workdir / files.safe_name(category)
     folder.mkdir(parents=True)
     rows = [HEAD]
     for kind, stem, score, decided in images:
         image = f"/data/{kind}/{stem}.png"
         label = int(kind != "good")
-        rows.append([image, f"{kind}/{stem}", kind, label, score, decided, score, 0.0])
-        target = folder / "pictures" / results.file_name(kind)
+        named = [image, f"{kind}/{stem}", kind, label]
+        rows.append([*named, score, score, decided, 0.0, score, 9, 0.25])
+        target = folder / "pictures" / files.safe_name(kind)
         target.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (200, 64), "teal").save(
-            target / results.file_name(Path(image).stem, ".png")
+            target / files.safe_name(Path(image).stem, ".png")
         )
     files.replace_csv(folder / "scores.csv", rows)
     epochs = [{"epoch": k, "loss/total": 2.0 / k, "loss/mine": 1.0} for k in (1, 2, 3)]
@@ -75,6 +69,7 @@ def write_run(workdir: Path, *, category="bottle", images=IMAGES, **about) -> Pa
         "selection": "last",
         "selected_on_test": False,
         "calibration": "quantile",
+        "method": "ulsad",
         "decisions": {category: {"thresholds": thresholds, "basis": basis}},
         "trunk": trunk,
         "image_size": [64, 64],
@@ -213,7 +208,7 @@ def test_report_without_a_file_it_is_made_of(tmp_path, name, command, content):
         content = None
         path.write_text("image,name\na,b\n")
     with pytest.raises(UserError) as refused:
-        page.write(tmp_path)
+        run_files.write_report(tmp_path)
     assert str(path) in str(refused.value) and command in str(refused.value)
 
 
@@ -245,10 +240,10 @@ def test_report_says_what_pixel_metrics_do_not_see(tmp_path):
 
 
 def test_report_of_a_run(finished):
-    seen = Page((finished.workdir / page.REPORT).read_text())
+    seen = Page((finished.workdir / files_of.REPORT).read_text())
     metrics = runs.read_results(finished.workdir, "bottle")["metrics"]
     assert f"{100 * metrics['image_auroc']:.2f}" in seen.texts
-    assert str(finished.workdir / page.REPORT) in finished.printed
+    assert str(finished.workdir / files_of.REPORT) in finished.printed
     for title in ("Scores", "ROC of images", "ROC of pixels", "PRO", "Losses"):
         assert title in seen.texts
     for stage in ("features", "training", "prediction", "metrics", "pictures"):
@@ -259,16 +254,17 @@ def test_report_of_a_run(finished):
 
 
 def test_stages_are_kept_and_replaced(tmp_path):
+    path = tmp_path / "stages.json"
     for stage in ("first", "second", "first"):
-        with stages.measure(tmp_path, stage):
+        with stages.measure(path, stage):
             pass
-    document = json.loads((tmp_path / stages.STAGES).read_text())
+    document = json.loads(path.read_text())
     assert list(document) == ["second", "first"]
     for record in document.values():
         assert record["seconds"] >= 0 and record["peak_bytes"] > 2**20
-    with pytest.raises(ZeroDivisionError), stages.measure(tmp_path, "third"):
+    with pytest.raises(ZeroDivisionError), stages.measure(path, "third"):
         _ = 1 / 0
-    assert "third" not in (tmp_path / stages.STAGES).read_text()
+    assert "third" not in path.read_text()
 
 
 def test_thinned_curve_has_the_area_and_the_ends():
@@ -290,14 +286,14 @@ def test_pixel_curves_have_the_areas_of_the_metrics():
     masks[1, 4:12, 4:12] = masks[2, 20:30, 3:9] = True
     maps = (rng.random(masks.shape) + 0.5 * masks).astype(np.float32)
     known = np.array([True, True, False])
-    stream = evaluation.stream_pixels(masks, known, maps)
-    curves = evaluation.pixel_curves(stream, loco=True)
+    stream = pixel.Pixels(masks[known], maps[known]).stream
+    curves = evaluation.pixel_curves(stream)
     assert list(curves) == ["roc", "pro"]  # sPRO needs channels
     expected = pixel.aupro(masks[known], maps[known])
     pro = Curve(*(np.array(v) for v in curves["pro"].values()))
     assert area_up_to(pro, 0.3) == pytest.approx(expected, abs=5e-3)  # 200 points
-    nothing = evaluation.stream_pixels(masks, known & False, maps)
-    assert evaluation.pixel_curves(nothing, loco=False) == {}
+    nothing = pixel.Pixels(masks[:0], maps[:0]).stream
+    assert evaluation.pixel_curves(nothing) == {}
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 8, 10, 12, -1])
@@ -325,12 +321,12 @@ def test_axes():
 def test_browser(tmp_path, width):
     """A browser draws the page, and runs nothing that a name smuggles in."""
     write_run(tmp_path / "run", category=HOSTILE)
-    page.write(tmp_path / "run")
+    run_files.write_report(tmp_path / "run")
     picture = tmp_path / "page.png"
     command = [
         *("chromium", "--headless=new", "--no-sandbox", "--disable-gpu"),
         *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},6000"),
-        (tmp_path / "run" / page.REPORT).as_uri(),
+        (tmp_path / "run" / files_of.REPORT).as_uri(),
     ]
     seen = {}
     for flag in (f"--screenshot={picture}", "--dump-dom"):

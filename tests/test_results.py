@@ -14,7 +14,9 @@ from tensorboardX.proto import event_pb2
 
 from tests import runs
 from ulsad_jax.data.records import Record
-from ulsad_jax.report import figures, pictures
+from ulsad_jax.metrics.values import finite, mean_row
+from ulsad_jax.report import figures, pictures, tables
+from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runs import results
 from ulsad_jax.runtime import files
 from ulsad_jax.runtime.writer import Writer
@@ -38,7 +40,7 @@ def read_json(path: Path):
 
 def test_mean_leaves_undefined_metrics_out():
     rows = {"a": {"x": 1.0, "y": NAN}, "b": {"x": NAN, "y": NAN}, "c": {"x": 2.0}}
-    mean = results.mean_row(rows)
+    mean = mean_row(rows)
     assert mean["x"] == 1.5
     assert math.isnan(mean["y"])
 
@@ -54,7 +56,7 @@ def test_undefined_metric_is_null(tmp_path):
 
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
 def test_json_has_finite_numbers_alone(value):
-    text = json.dumps(results.finite({"x": value, "n": 3}))
+    text = json.dumps(finite({"x": value, "n": 3}))
     assert json.loads(text, parse_constant=refuse_constant) == {"x": None, "n": 3}
 
 
@@ -68,7 +70,7 @@ def test_csv(tmp_path):
 
 
 def test_table():
-    lines = results.table(ROWS, ABOUT).splitlines()
+    lines = tables.table(ROWS, ABOUT).splitlines()
     assert lines[0].split() == ["category", "image", "AUROC", "AUPRO"]
     assert [line.split() for line in lines[1:4]] == [
         ["bottle", "50.00", "-"],
@@ -82,7 +84,7 @@ def test_table():
 def test_table_of_au_spro_is_its_headline_alone():
     row = {"image_auroc": 0.5, "au_spro_0.01": 0.125, "au_spro_0.05": 0.25}
     row |= {"au_spro_0.01/a": 0.0, "au_spro_0.05/a": 0.75, "au_spro_0.05/b": NAN}
-    lines = results.table({"pushpins": row}, ABOUT).splitlines()
+    lines = tables.table({"pushpins": row}, ABOUT).splitlines()
     assert lines[0].endswith("image AUROC  AU-sPRO 0.05")
     assert lines[1].split() == ["pushpins", "50.00", "25.00"]
     assert lines[2:] == ["pushpins, AU-sPRO 0.05 by type: a 75.00, b -"]
@@ -90,9 +92,9 @@ def test_table_of_au_spro_is_its_headline_alone():
 
 def test_table_has_what_is_measured_at_original_size_beside_the_rest():
     row = {"pixel_auroc": 0.5, "pixel_f1_max": 0.5, "aupro": 0.25}
-    assert "original" not in results.table({"bottle": row}, ABOUT)
+    assert "original" not in tables.table({"bottle": row}, ABOUT)
     original = {"pixel_auroc_original": 0.75, "aupro_original": 0.125}
-    lines = results.table({"bottle": row | original}, ABOUT).splitlines()
+    lines = tables.table({"bottle": row | original}, ABOUT).splitlines()
     assert lines[0].split("  ") == [
         *("category", "pixel AUROC", "pixel AUROC (original size)", "pixel F1"),
         *("AUPRO", "AUPRO (original size)"),
@@ -109,27 +111,27 @@ def test_table_has_what_is_measured_at_original_size_beside_the_rest():
 )
 def test_table_says_how_many_masks_are_lost(more, advice):
     row = {"test_anomalous": 9, "pixel_images_left_out": 1, "aupro": 0.99} | more
-    assert "no pixel left" not in results.table({"a": row | {"masks_lost": 0}}, ABOUT)
-    text = results.table({"a": row | {"masks_lost": 7}}, ABOUT)
+    assert "no pixel left" not in tables.table({"a": row | {"masks_lost": 0}}, ABOUT)
+    text = tables.table({"a": row | {"masks_lost": 7}}, ABOUT)
     assert "a, 7 of 8 masks have no pixel left at model resolution" in text
     assert advice in text and "config.image_size" in text
 
 
 def test_table_of_one_category_has_no_mean():
-    assert "mean" not in results.table({"bottle": ROWS["bottle"]}, ABOUT)
+    assert "mean" not in tables.table({"bottle": ROWS["bottle"]}, ABOUT)
 
 
 def test_table_of_nothing_measured():
-    text = results.table({"mine": {"test_images": 0, "test_anomalous": 0}}, ABOUT)
+    text = tables.table({"mine": {"test_images": 0, "test_anomalous": 0}}, ABOUT)
     assert "mine" in text
 
 
 def test_table_says_what_it_rests_on():
     rows = {"bottle": {"image_auroc": 1.0, "pixel_images_left_out": 4}}
-    assert "leave out 4 anomalous images" in results.table(rows, ABOUT)
-    marked = results.table(rows, ABOUT | {"selected_on_test": True})
+    assert "leave out 4 anomalous images" in tables.table(rows, ABOUT)
+    marked = tables.table(rows, ABOUT | {"selected_on_test": True})
     assert "SELECTED ON THE TEST SET" in marked
-    assert "SELECTED" not in results.table(rows, ABOUT)
+    assert "SELECTED" not in tables.table(rows, ABOUT)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +139,14 @@ def test_table_says_what_it_rests_on():
     ["..", "../..", "/", "", ".", "/etc/passwd", "a/b", "a\\b", "\0", "~", "é ü"],
 )
 def test_file_name_stays_in_its_folder(name, tmp_path):
-    path = tmp_path / results.file_name(name)
+    path = tmp_path / files.safe_name(name)
     path.mkdir()
     assert path.resolve().parent == tmp_path.resolve()
 
 
 @pytest.mark.parametrize("name", ["bottle", "metal_nut", "01", "my-box.2"])
 def test_file_name_of_a_plain_name_is_the_name(name):
-    assert results.file_name(name) == name
+    assert files.safe_name(name) == name
 
 
 LONG = {"ascii": "x" * 300, "han": "漢" * 100, "spaces": "x y" * 100, "two": "é" * 200}
@@ -155,24 +157,24 @@ LONG = {"ascii": "x" * 300, "han": "漢" * 100, "spaces": "x y" * 100, "two": "�
 def test_file_name_is_never_too_long(name, ending, tmp_path):
     found = set()
     for length in range(60, len(name)):
-        file = results.file_name(name[:length], ending)
+        file = files.safe_name(name[:length], ending)
         assert len(file.encode()) <= 255 and file.endswith(ending)
         (tmp_path / file).touch()
         found.add(file)
     assert len(found) == len(range(60, len(name)))
-    assert results.file_name("x" * 240, ".png") == f"{'x' * 240}.png"
+    assert files.safe_name("x" * 240, ".png") == f"{'x' * 240}.png"
 
 
 def test_long_names_that_begin_alike_are_two_files():
     names = [f"{'x' * 250}{i}" for i in range(9)]
-    assert len({results.file_name(name, ".png") for name in names}) == 9
+    assert len({files.safe_name(name, ".png") for name in names}) == 9
     odd = b"\xff".decode(errors="surrogateescape") * 255  # as a path has it
     assert len(os.fsencode(files.fit_name(odd, ".png"))) == 255
 
 
 def test_file_names_differ_as_names_do():
     names = ["a b", "a_b", "a/b", "a", ".a", "..a", "", "_", "/", ".", "é", "è"]
-    assert len({results.file_name(name) for name in names}) == len(names)
+    assert len({files.safe_name(name) for name in names}) == len(names)
 
 
 TAKEN = ("config.json", "maps", "results.csv.tmp", "diverged.txt", "sweep.json")
@@ -180,18 +182,18 @@ TAKEN = ("config.json", "maps", "results.csv.tmp", "diverged.txt", "sweep.json")
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_folder_of_a_category_is_called_unlike_a_file_of_the_run(name):
-    assert re.fullmatch(re.escape(name) + "-[0-9a-f]{8}", results.folder_name(name))
-    assert results.file_name(name) == name  # where the run has no files of its own
+    assert re.fullmatch(re.escape(name) + "-[0-9a-f]{8}", files_of.folder_name(name))
+    assert files.safe_name(name) == name  # where the run has no files of its own
 
 
 @pytest.mark.parametrize("name", ["bottle", "01", "a b", ".lock", "config", "Maps"])
 def test_folder_of_another_category_is_called_as_any_file(name):
-    assert results.folder_name(name) == results.file_name(name) != ".lock"
+    assert files_of.folder_name(name) == files.safe_name(name) != ".lock"
 
 
 def test_category_named_as_the_mean_has_a_line_of_its_own():
     rows = {"mean": {"image_auroc": 0.25}, "b": {"image_auroc": 0.75}}
-    lines = results.table(rows, ABOUT).splitlines()
+    lines = tables.table(rows, ABOUT).splitlines()
     assert [line.split() for line in lines[1:4]] == [
         ["mean", "25.00"],
         ["b", "75.00"],
@@ -206,11 +208,11 @@ def test_scores(tmp_path):
     prediction = Prediction(
         anomaly_map=maps,
         score=np.float32([0.1, 0.7]),
-        local_score=np.float32([1, 2]),
-        global_score=np.float32([3, 4]),
+        scores={"global": np.float32([3, 4]), "local": np.float32([1, 2])},
         normalized_score=np.float32([0.25, 5]),
         is_anomalous=np.array([False, True]),
         mask_area=np.int32([0, 4]),
+        maps={},
     )
     results.write_scores(tmp_path / "scores.csv", records, prediction)
     first, second = runs.read_table(tmp_path / "scores.csv")

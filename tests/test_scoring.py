@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from ulsad_jax.methods.base import Batch
+from ulsad_jax.methods.ulsad.method import Ulsad
 from ulsad_jax.scoring import calibration as scoring
 
 
@@ -38,51 +43,76 @@ def test_enlarge_and_blur(grid, size):
         np.testing.assert_allclose(ours_one, expected, rtol=1e-5)
 
 
-def test_raw_maps_compare_the_right_outputs():
+def test_ulsads_maps_compare_the_right_outputs(monkeypatch):
     rng = np.random.default_rng(1)
     x, g = (rng.normal(size=(2, 8, 12, 6)).astype(np.float32) for _ in range(2))
     outputs = {"features": x, "local": x, "global_": g, "predicted_global": g}
     size = (64, 96)
-    maps = scoring.raw_maps(outputs, size)
-    assert maps.local.shape == maps.global_.shape == (2, *size)
-    assert np.abs(maps.local).max() < 1e-5
-    assert np.abs(maps.global_).max() < 1e-5
+    batch = Batch(np.zeros((2, *size, 3), np.uint8), x, np.ones(2, bool))
+
+    def make_maps(changed):
+        found = {k: jnp.asarray(v) for k, v in (outputs | changed).items()}
+        networks = SimpleNamespace(apply=lambda *_, **__: found)
+        monkeypatch.setattr(Ulsad, "networks", networks)
+        return Ulsad().maps({}, batch)
+
+    maps = make_maps({})
+    assert maps.keys() == {"local", "global"}
+    for values in maps.values():
+        assert values.shape == (2, *size)
+        assert np.abs(values).max() < 1e-5
     # A constant distance is neither enlarged nor blurred away.
-    ones = {"features": np.ones_like(x), "local": np.full_like(x, 4)}
-    off = scoring.raw_maps(outputs | ones, size)
-    np.testing.assert_allclose(off.local, 9, rtol=1e-5)
-    off = scoring.raw_maps(outputs | {"local": 2 * x}, size)
+    off = make_maps({"features": np.ones_like(x), "local": np.full_like(x, 4)})
+    np.testing.assert_allclose(off["local"], 9, rtol=1e-5)
+    off = make_maps({"local": 2 * x})
     doubled = scoring.enlarge_and_blur(np.square(x).mean(-1), size)
-    np.testing.assert_allclose(off.local, doubled, rtol=1e-5)
-    np.testing.assert_allclose(off.global_, 0, atol=1e-5)
-    off = scoring.raw_maps(outputs | {"predicted_global": -2 * g}, size)
+    np.testing.assert_allclose(off["local"], doubled, rtol=1e-5)
+    np.testing.assert_allclose(off["global"], 0, atol=1e-5)
+    off = make_maps({"predicted_global": -2 * g})
     flipped = scoring.enlarge_and_blur(9 * np.square(g).mean(-1) + 1, size)
-    np.testing.assert_allclose(off.global_, flipped, rtol=1e-5)
-    assert np.abs(off.local).max() < 1e-5
+    np.testing.assert_allclose(off["global"], flipped, rtol=1e-5)
+    assert np.abs(off["local"]).max() < 1e-5
+
+
+def make_maps(*values):
+    """Maps by name, in that order."""
+    return dict(zip(("local", "global", "third"), values, strict=False))
 
 
 def test_quantile_calibration_sets_two_points():
-    local, global_ = draw(2, (5, 32, 48)), 7 + 20 * draw(3, (5, 32, 48))
-    calibration = scoring.calibrate(local, global_, method="quantile")
-    calibrated = scoring.calibrate_maps(scoring.Maps(local, global_), calibration)
-    for values in calibrated:
+    maps = make_maps(draw(2, (5, 32, 48)), 7 + 20 * draw(3, (5, 32, 48)))
+    calibration = scoring.calibrate(maps, method="quantile")
+    for values in scoring.calibrate_maps(maps, calibration).values():
         low, high = np.quantile(values, (0.9, 0.995))
         assert low == pytest.approx(0, abs=1e-6)
         assert high == pytest.approx(0.1, rel=1e-5)
 
 
-def test_no_calibration_averages_raw_maps():
-    maps = scoring.Maps(draw(4, (3, 16, 24)), 5 * draw(5, (3, 16, 24)))
-    calibration = scoring.calibrate(*maps, method="none")
-    expected = (maps.local + maps.global_) / 2
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_no_calibration_averages_raw_maps(count):
+    maps = make_maps(*(5**i * draw(i, (3, 16, 24)) for i in range(count)))
+    calibration = scoring.calibrate(maps, method="none")
+    expected = np.mean(list(maps.values()), axis=0)
     np.testing.assert_allclose(scoring.fuse(maps, calibration), expected, rtol=1e-6)
 
 
 def test_fused_map_averages_calibrated_maps():
-    maps = scoring.Maps(draw(6, (2, 4, 6)), draw(7, (2, 4, 6)))
-    calibration = scoring.Calibration(1.0, 2.0, 3.0, 4.0)
-    expected = 0.5 * (maps.local - 1) * 2 + 0.5 * (maps.global_ - 3) * 4
+    maps = make_maps(draw(6, (2, 4, 6)), draw(7, (2, 4, 6)))
+    calibration = scoring.Calibration(
+        {"local": 1.0, "global": 3.0}, {"local": 2.0, "global": 4.0}
+    )
+    expected = 0.5 * (maps["local"] - 1) * 2 + 0.5 * (maps["global"] - 3) * 4
     np.testing.assert_allclose(scoring.fuse(maps, calibration), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["quantile", "none"])
+@pytest.mark.parametrize("names", [["patch"], ["local", "global"], ["a_b", "c_scale"]])
+def test_calibration_is_kept_as_json(method, names):
+    """With any names of maps, also those that look like a field's."""
+    maps = {name: draw(i, (2, 8, 8)) for i, name in enumerate(names)}
+    calibration = scoring.calibrate(maps, method=method)
+    text = json.dumps(calibration.to_json(), allow_nan=False)
+    assert scoring.Calibration.from_json(json.loads(text)) == calibration
 
 
 @pytest.mark.parametrize("method", ["quantile", "none"])
@@ -90,19 +120,19 @@ def test_fused_map_averages_calibrated_maps():
 def test_constant_maps_stay_finite(method, value):
     constant = np.full((2, 8, 8), value, np.float32)
     varied = draw(8, (2, 8, 8))
-    calibration = scoring.calibrate(constant, varied, method=method)
-    assert np.isfinite(list(vars(calibration).values())).all()
-    fused = scoring.fuse(scoring.Maps(constant, varied), calibration)
-    assert np.isfinite(fused).all()
-    calibration = scoring.calibrate(constant, constant, method=method)
-    assert np.isfinite(list(vars(calibration).values())).all()
+    maps = make_maps(constant, varied)
+    calibration = scoring.calibrate(maps, method=method)
+    assert np.isfinite(list(calibration.to_json().values())).all()
+    assert np.isfinite(scoring.fuse(maps, calibration)).all()
+    calibration = scoring.calibrate(make_maps(constant, constant), method=method)
+    assert np.isfinite(list(calibration.to_json().values())).all()
     assert calibration.display_low < calibration.display_high
 
 
 @pytest.mark.parametrize("method", ["quantile", "none"])
 def test_display_range_leaves_room_above_normal_images(method):
-    maps = scoring.Maps(draw(9, (4, 16, 16)), draw(10, (4, 16, 16)))
-    calibration = scoring.calibrate(*maps, method=method)
+    maps = make_maps(draw(9, (4, 16, 16)), draw(10, (4, 16, 16)))
+    calibration = scoring.calibrate(maps, method=method)
     fused = np.asarray(scoring.fuse(maps, calibration))
     assert calibration.display_low == pytest.approx(np.median(fused), abs=1e-6)
     middle = (calibration.display_low + calibration.display_high) / 2

@@ -14,9 +14,9 @@ from tests.test_experiment import interrupt_at, needs_cpu
 from tests.test_features import make_batches
 from ulsad_jax.runtime import devices as parallel
 from ulsad_jax.runtime.errors import Interrupted
-from ulsad_jax.trunks import features
+from ulsad_jax.trunks import sources
 from ulsad_jax.trunks import weights as pretrained
-from ulsad_jax.trunks.pyramid import FEATURE_CHANNELS, FeaturePyramid
+from ulsad_jax.trunks.pyramid import FeaturePyramid
 
 COUNTS, SIZE = (5, 2), (64, 96)
 STREAMING = {"train.feature_memory": 0}
@@ -36,8 +36,8 @@ def normals(request):
         return FeaturePyramid("resnet18"), trunk.variables, batches, COUNTS
 
     how = {"whiten": request.param, "devices": parallel.find_devices()}
-    kept = features.keep(*make_arguments(), **how)
-    streamed = features.stream(*make_arguments(), image_size=SIZE, **how)
+    kept = sources.keep(*make_arguments(), **how)
+    streamed = sources.stream(*make_arguments(), image_size=SIZE, **how)
     return kept, streamed
 
 
@@ -45,18 +45,18 @@ def test_streamed_is_kept(normals):
     kept, streamed = normals
     runs.assert_same_arrays(streamed.statistics, kept.statistics)
     for one, other in zip(kept[:2], streamed[:2], strict=True):
-        assert one.feature_shape == other.feature_shape
-        assert one.feature_shape == (8, 12, FEATURE_CHANNELS)
+        assert one.image_size == other.image_size == SIZE
+        assert one.features.shape[1:] == (8, 12, 384)
         assert len(one) == len(other)
         for rows in ([0], [1, 0, 1]):  # batches of other sizes, in other orders
-            (expected, images), (found, same) = one.batch(rows), other.batch(rows)
+            (images, expected), (same, found) = one.batch(rows), other.batch(rows)
             np.testing.assert_array_equal(same, images)
             np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_kept_are_as_large_as_told(normals):
     kept = normals[0].train
-    told = features.count_bytes(len(kept), SIZE)
+    told = sources.count_bytes(len(kept), SIZE, FeaturePyramid("resnet18"))
     assert told == kept.features.nbytes + kept.images.nbytes
 
 
@@ -66,30 +66,30 @@ def test_device_memory_is_shared(normals, monkeypatch):
     rows = np.array([1, 0])
     size = sum(part.features.nbytes + part.images.nbytes for part in kept[:2])
     for memory, goes in ((4 * size, True), (4 * size - 1, False)):
-        monkeypatch.setattr(features, "device_bytes", lambda memory=memory: memory)
-        placed = features.place(kept, parallel.find_devices())
+        monkeypatch.setattr(sources, "device_bytes", lambda memory=memory: memory)
+        placed = sources.place(kept, parallel.find_devices())
         for part, before in zip(placed[:2], kept[:2], strict=True):
             assert isinstance(part.features, jax.Array) == goes
             runs.assert_same_arrays(part.batch(rows), before.batch(rows))
         assert placed.statistics is kept.statistics
-        assert features.place(streamed, parallel.find_devices()) is streamed
+        assert sources.place(streamed, parallel.find_devices()) is streamed
 
 
 @needs_cpu
 def test_on_cpus_features_stay_where_they_are(normals):
-    assert features.place(normals[0], parallel.find_devices()) is normals[0]
+    assert sources.place(normals[0], parallel.find_devices()) is normals[0]
 
 
 @needs_cpu
 def test_training_from_device_memory(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "device_bytes", lambda: 2**30)
+    monkeypatch.setattr(sources, "device_bytes", lambda: 2**30)
     runs.train(finished.config, tmp_path / "run")
     runs.assert_same_category(tmp_path / "run", finished.workdir)
 
 
 def test_memory_of_the_machine():
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < features.host_bytes() <= physical
+    assert 0 < parallel.host_bytes() <= physical
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -20,9 +19,11 @@ from ml_collections import ConfigDict
 from configs import ablation
 from configs import sweep as sweep_config
 from tests import runs
-from ulsad_jax.methods.ulsad.losses import make_loss_fn
+from ulsad_jax.methods.base import Batch, count_bytes
+from ulsad_jax.methods.ulsad.method import COPIES
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import training
+from ulsad_jax.runs import setup, steps
+from ulsad_jax.runtime.devices import find_devices
 from ulsad_jax.runtime.errors import Interrupted, UserError
 from ulsad_jax.sweep import grid, memory, summary, wave
 from ulsad_jax.sweep import run as sweep
@@ -115,16 +116,14 @@ def test_members_on_two_devices(swept, data, tmp_path):
 
 
 def make_parts():
-    config = runs.make_config(Path("data"))
-    features = jax.ShapeDtypeStruct((4, 8, 8, 384), jnp.float32)
-    image = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.uint8)
-    return config, training.make_model(config), {"features": features, "image": image}
+    config = config_lib.resolve(runs.make_config(Path("data")))
+    return config, setup.make(config)
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """Two unlike lone runs of ten steps: (numbers, state, batches, losses) of each."""
-    config, model, shapes = make_parts()
+    """Two unlike lone runs of ten steps: (numbers, state, key, batches, losses)."""
+    config, made = make_parts()
     rng = np.random.default_rng(0)
     smooth = np.linspace(-1, 1, 8)[:, None, None] * np.sin(np.arange(384))
     found = []
@@ -136,18 +135,21 @@ def alone():
     ):
         own = config.copy_and_resolve_references()
         own.update_from_flattened_dict(fields)
-        optimizer = training.make_optimizer(**own.optimizer)
-        state = training.init_state(model, optimizer, jax.random.key(i), **shapes)
+        method, key = setup.make(own).method, jax.random.key(i)
+        state = steps.make_init(method, made.spec(4))(key)
         start = jax.device_get(state)
-        step = training.make_train_step(model, make_loss_fn(own.losses), optimizer)
+        step = steps.make_train_step(method, find_devices(1), "jit")
         features = rng.normal(size=(10, 4, 8, 8, 384)) + smooth
         images = rng.integers(0, 256, (10, 4, 64, 64, 3), np.uint8)
-        batches = list(zip(features.astype(np.float32), images, strict=True))
+        batches = [
+            Batch(*of_step, valid=np.ones(4, bool))
+            for of_step in zip(images, features.astype(np.float32), strict=True)
+        ]
         losses = []
         for batch in batches:
-            state, values = step(state, *batch)
+            state, values = step(state, batch, key)
             losses.append({name: float(value) for name, value in values.items()})
-        found.append((wave.take_numbers(own, TRACED), start, batches, losses))
+        found.append((wave.take_numbers(own, TRACED), start, key, batches, losses))
     return found
 
 
@@ -158,11 +160,10 @@ def test_ten_steps_are_those_of_lone_runs(alone, backend):
     `vmap` rounds its convolutions differently, and Adam's first steps make full steps
     of the rounding in gradients near zero: there the first two losses agree as well.
     """
-    config, model, _ = make_parts()
-    loss_fn, optimizer = make_loss_fn(config.losses), config.optimizer.to_dict()
-    numbers, states, batches, expected = zip(*alone, strict=True)
-    update = wave.make_update(model, loss_fn, optimizer)
-    program = wave.choose_backend(backend)(update, states, numbers)
+    _, made = make_parts()
+    numbers, states, keys, batches, expected = zip(*alone, strict=True)
+    update = wave.make_update(made.method)
+    program = wave.choose_backend(backend)(update, states, numbers, keys)
     for step in range(10):
         losses = program.step([own[step] for own in batches])
         for i, own in enumerate(expected):
@@ -216,7 +217,9 @@ def test_features_are_extracted_once_for_all_seeds(data, tmp_path, monkeypatch):
     config.train.num_epochs = 1
     made, waves = [], []
     source, train = sweep.Source, wave.train
-    monkeypatch.setattr(sweep, "Source", lambda *a: made.append(1) or source(*a))
+    monkeypatch.setattr(
+        sweep, "Source", lambda *a, **how: made.append(1) or source(*a, **how)
+    )
     monkeypatch.setattr(wave, "train", lambda *a: waves.append(len(a[0])) or train(*a))
     config.trunk.source = "builtin"  # a random one is another for each seed
     for name, allowed, expected in (("both", 0.0, [2]), ("apart", 1e-9, [1, 1])):
@@ -491,22 +494,16 @@ def test_waves():
 
 
 def test_estimate_grows_with_what_it_counts():
-    config, model, shapes = make_parts()
-    base = memory.estimate_member(config)
-    variables = jax.eval_shape(
-        lambda features, image: model.init(
-            jax.random.key(0), features, image, train=False
-        ),
-        *shapes.values(),
-    )
-    parameters = 4 * sum(leaf.size for leaf in jax.tree.leaves(variables))
-    assert base > memory.COPIES * parameters
+    config, made = make_parts()
+    spec = made.spec(4)
+    base = made.method.estimate_bytes(spec)
+    state = jax.eval_shape(lambda key: made.method.init(key, spec), jax.random.key(0))
+    assert base > COPIES * count_bytes(state.model["params"])
     config.model.local_width = 64
-    wider = memory.estimate_member(config)
-    assert wider > base
-    config.train.batch_size *= 2
-    inputs = sum(shape.size * shape.dtype.itemsize for shape in shapes.values())
-    assert memory.estimate_member(config) >= wider + 2 * inputs
+    wide = setup.make(config).method
+    assert wide.estimate_bytes(spec) > base
+    inputs = count_bytes((spec.batch.features, spec.batch.image))
+    assert wide.estimate_bytes(made.spec(8)) >= wide.estimate_bytes(spec) + 2 * inputs
 
 
 def test_losses_of_other_sums_are_not_compared():
@@ -545,5 +542,5 @@ def test_a_category_that_is_missing_for_a_seed_is_not_averaged():
     assert found["b"].seeds == [0] and math.isnan(found["b"].std["image_auroc"])
     assert found["mean"].seeds == [0]
     assert found["mean"].mean["image_auroc"] == pytest.approx(0.7)
-    table = summary.table(groups).splitlines()
+    table = summary.table(groups, {"image_auroc": "image AUROC"}).splitlines()
     assert table[1].split() == ["s", "a", "2", "60.0", "±", "14.1"]

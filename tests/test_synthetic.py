@@ -11,8 +11,10 @@ from scipy import ndimage
 from ulsad_jax.data.layouts import mvtec_loco
 from ulsad_jax.data.records import read_image, read_mask
 from ulsad_jax.data.synthetic import categories as synthetic
-from ulsad_jax.data.synthetic.anomalies import LOGICAL, STRUCTURAL, VISIBLE
+from ulsad_jax.data.synthetic.anomalies import LOGICAL, STRUCTURAL
 from ulsad_jax.data.synthetic.design import draw_design
+from ulsad_jax.data.synthetic.masks import VISIBLE
+from ulsad_jax.data.synthetic.parts import View
 from ulsad_jax.data.synthetic.scenes import (
     contents,
     draw_scene,
@@ -20,7 +22,7 @@ from ulsad_jax.data.synthetic.scenes import (
     view,
     violations,
 )
-from ulsad_jax.data.synthetic.shapes import View, coverage
+from ulsad_jax.data.synthetic.shapes import coverage
 from ulsad_jax.runtime.errors import UserError
 
 SIZE = (96, 96)

@@ -6,10 +6,11 @@ import pytest
 from flax import traverse_util
 
 from tests.goldens import weights
+from ulsad_jax.methods.ulsad import torch_names as ulsad_names
 from ulsad_jax.methods.ulsad.local import LocalReconstructor
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.trunks import torch_names as torch_import
-from ulsad_jax.trunks.resnet import ARCHITECTURES
+from ulsad_jax.trunks.resnet import TRUNKS
 
 
 def trunk_arrays(architecture="resnet18"):
@@ -35,7 +36,11 @@ def local_arrays():
 
 
 def import_narrow(arrays):
-    return torch_import.import_local(arrays, channels=6, width=16)
+    return ulsad_names.import_local(arrays, channels=6, width=16)
+
+
+def import_global(arrays, image_size=(256, 256)):
+    return ulsad_names.import_global(arrays, channels=384, image_size=image_size)
 
 
 def import_resnet18(arrays):
@@ -53,7 +58,7 @@ def assert_same_arrays(ours, expected):
     [
         (trunk_arrays, import_resnet18),
         (local_arrays, import_narrow),
-        (global_arrays, torch_import.import_global),
+        (global_arrays, import_global),
     ],
     ids=["trunk", "local", "global"],
 )
@@ -80,9 +85,7 @@ def test_layouts():
 
 def test_export_of_joined_networks():
     local, global_ = local_arrays(), global_arrays()
-    joined = torch_import.join_networks(
-        import_narrow(local), torch_import.import_global(global_)
-    )
+    joined = ulsad_names.join_networks(import_narrow(local), import_global(global_))
     expected = {f"local.{name}": value for name, value in local.items()}
     expected |= {f"global.{name}": value for name, value in global_.items()}
     assert_same_arrays(torch_import.export(joined), expected)
@@ -91,7 +94,7 @@ def test_export_of_joined_networks():
     assert "local.bn1.running_mean" not in params
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRUNKS)
 def test_every_trunk_takes_the_published_names(architecture):
     arrays = {
         name: np.zeros(shape, np.float32)
@@ -105,7 +108,7 @@ def test_every_trunk_takes_the_published_names(architecture):
 def test_global_takes_any_image_size():
     arrays = global_arrays()
     arrays["enconv6.weight"] = np.ones((64, 64, 2, 3), np.float32)
-    variables = torch_import.import_global(arrays, image_size=(64, 96))
+    variables = import_global(arrays, image_size=(64, 96))
     assert variables["params"]["enconv6"]["kernel"].shape == (2, 3, 64, 64)
 
 
@@ -132,7 +135,7 @@ def test_missing_array():
 def test_unknown_array():
     arrays = global_arrays() | {"enconv7.weight": np.zeros((64, 64, 4, 4))}
     with pytest.raises(UserError, match=r"not known: enconv7\.weight"):
-        torch_import.import_global(arrays)
+        import_global(arrays)
 
 
 @pytest.mark.parametrize("shape", [(64, 3, 5, 5), (64, 3), (3, 64, 7, 7)])

@@ -1,4 +1,4 @@
-"""ULSAD in JAX: logical and structural anomaly detection in product images."""
+"""Detects logical and structural anomalies in product images: ULSAD in JAX."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """Imports `Detector` and `Result` when they are asked for: JAX takes seconds."""
+    """Imports `Detector` and `Result` on first use, as importing JAX takes seconds."""
     if name in ("Detector", "Result"):
         from ulsad_jax import detector
 

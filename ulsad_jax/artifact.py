@@ -1,4 +1,4 @@
-"""A trained category as one file that runs without this package."""
+"""Writes a trained category as one file that runs without this package."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from flax import serialization, traverse_util
 from jax import export
 
 import ulsad_jax
-from ulsad_jax.methods.ulsad.networks import Ulsad
-from ulsad_jax.runs import training
+from ulsad_jax.methods import base as methods
 from ulsad_jax.runtime import files
 from ulsad_jax.runtime.errors import UserError
-from ulsad_jax.scoring import calibration as scoring
-from ulsad_jax.scoring import prediction as inference
-from ulsad_jax.scoring import thresholds as decisions
-from ulsad_jax.trunks import features
+from ulsad_jax.runtime.nested import Fields
+from ulsad_jax.scoring.calibration import Calibration
+from ulsad_jax.scoring.prediction import Weights, make_predict_step
+from ulsad_jax.scoring.result import SUFFIX
+from ulsad_jax.scoring.thresholds import Thresholds
+from ulsad_jax.trunks.features import ChannelStatistics
 from ulsad_jax.trunks.pyramid import FeaturePyramid
 
 if TYPE_CHECKING:
     from jaxtyping import Array, UInt8
 
-    from ulsad_jax.runs.trained import Run
+    from ulsad_jax.runs.saved import Run
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # that jax.export knows
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # those that jax.export supports
 MODEL, METADATA = "model.jax", "metadata.json"  # in the file
-FORMAT = 1
-LARGEST = 2**31 - 2**26  # bytes: the container of jax.export ends at 2 GiB
+FORMAT = 2
+LARGEST = 2**31 - 2**26  # bytes; jax.export's format is limited to 2 GiB
 
 
 def write(run: Run, path: Path, platforms: Sequence[str]) -> None:
-    """Writes a zip file, not compressed, of `model.jax` and `metadata.json`.
+    """Writes an uncompressed zip file with `model.jax` and `metadata.json`.
 
     `model.jax` is a serialised `jax.export.Exported`: a function from images, uint8
-    [b, h, w, 3] with any b, to the fields of `inference.Prediction` by name, with the
-    weights, the calibration and the thresholds as constants.
+    [b, h, w, 3] with any b, to the fields of a `Prediction` by name (scores and maps as
+    <name>_score and <name>_map), with the weights, the calibration and the thresholds
+    as constants.
 
     Args:
-        run: what to export.
-        path: the file; what was there is replaced.
-        platforms: to lower for, of `PLATFORMS`.
+        run: trained category to export.
+        path: file to write; an existing file is replaced.
+        platforms: platforms to lower to, a subset of `PLATFORMS`.
 
     Raises:
         UserError: weights that are too large for the format.
@@ -59,7 +61,7 @@ def write(run: Run, path: Path, platforms: Sequence[str]) -> None:
             "config.model.local_width, or use the run's folder with ulsad_jax.Detector."
         )
     metadata = describe(run) | {"platforms": list(platforms)}
-    function = make_function(metadata["networks"], run.weights)
+    function = make_function(metadata, run.weights)
     (batch,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, *run.config.image_size, 3), jnp.uint8)
     exported = export.export(jax.jit(function), platforms=platforms)(images)
@@ -71,9 +73,14 @@ def write(run: Run, path: Path, platforms: Sequence[str]) -> None:
 
 
 def write_weights(run: Run, path: Path) -> None:
-    """Writes the weights and the metadata alone, as .safetensors.
+    """Writes only the weights and the metadata, as a .safetensors file.
 
-    They can be read where Orbax is another version or none: see `read_weights`.
+    `read_weights` reads them in environments with another version of Orbax, or without
+    Orbax.
+
+    Args:
+        run: trained category to export.
+        path: file to write; an existing file is replaced.
     """
     from safetensors.numpy import save
 
@@ -83,11 +90,14 @@ def write_weights(run: Run, path: Path) -> None:
     files.replace(path, save(arrays, {"ulsad_jax": json.dumps(describe(run))}))
 
 
-def read_weights(path: Path) -> tuple[dict[str, Any], inference.Weights]:
-    """Reads what `write_weights` wrote: (metadata, weights).
+def read_weights(path: Path) -> tuple[dict[str, Any], Weights]:
+    """Reads (metadata, weights) from a file that `write_weights` wrote.
+
+    Args:
+        path: the .safetensors file.
 
     Raises:
-        UserError: no such file, or another one.
+        UserError: there is no such file, or another program wrote it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -101,41 +111,52 @@ def read_weights(path: Path) -> tuple[dict[str, Any], inference.Weights]:
             f"at {path}: {error}. Write it with that."
         ) from error
     tree = traverse_util.unflatten_dict(arrays, sep="/")
-    weights = inference.Weights(
-        trunk=tree["trunk"],
-        statistics=features.ChannelStatistics(**tree["statistics"]),
-        variables=tree["variables"],
-        calibration=scoring.Calibration(**tree["calibration"]),
-        thresholds=decisions.Thresholds(**tree["thresholds"]),
+    statistics = tree.get("statistics")
+    weights = Weights(
+        trunk=tree.get("trunk"),
+        statistics=statistics and ChannelStatistics(**statistics),
+        model=tree["model"],
+        calibration=Calibration(**tree["calibration"]),
+        thresholds=Thresholds(**tree["thresholds"]),
     )
     return metadata, weights
 
 
 def make_function(
-    networks: Mapping[str, Any], weights: inference.Weights
+    metadata: Mapping[str, Any], weights: Weights
 ) -> Callable[[UInt8[Array, "b h w 3"]], dict[str, Array]]:
-    """A function of images alone, with the weights as its constants.
+    """Returns a function of images only, with the weights as constants.
 
     Args:
-        networks: as `describe` gives them.
-        weights: of them.
+        metadata: output of `describe`.
+        weights: weights of the method and its trunk.
+
+    Returns:
+        A function from images, uint8 [b, h, w, 3], to a dictionary of arrays, as
+        `write` describes it.
     """
-    dtype = jnp.dtype(networks["dtype"])
-    predict = inference.make_predict_step(
-        FeaturePyramid(networks["architecture"], dtype, networks["layers"]),
-        Ulsad(**networks["model"], dtype=dtype),
-    )
+    config = Fields(metadata["config"])
+    method = methods.find(config.method).from_config(config)
+    pyramid = None
+    if weights.trunk is not None:
+        trunk, dtype = config.trunk, jnp.dtype(config.train.dtype)
+        pyramid = FeaturePyramid(trunk.architecture, dtype, trunk.layers)
+    predict = make_predict_step(pyramid, method, keep_maps=True)
     arrays = as_arrays(weights)
 
     def detect(image: UInt8[Array, "b h w 3"]) -> dict[str, Array]:
-        return dict(vars(predict(arrays, image)))
+        found = dict(vars(predict(arrays, image)))
+        scores, maps = found.pop("scores"), found.pop("maps")
+        found |= {f"{name}{SUFFIX}": score for name, score in scores.items()}
+        return found | {f"{name}_map": values for name, values in maps.items()}
 
     return detect
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """What a person or a program wants to know of the file, as JSON."""
-    config = run.config
+    """Returns the metadata of the file as a JSON object."""
+    config, trunk = run.config, run.trunk
+    groups = ("method", "methods", "model", "losses", "optimizer", "trunk", "train")
     return {
         "format": FORMAT,
         "versions": {"ulsad_jax": ulsad_jax.__version__, "jax": jax.__version__},
@@ -146,21 +167,17 @@ def describe(run: Run) -> dict[str, Any]:
         "input": "uint8 [batch, height, width, 3], RGB, at image_size",
         "white_level": config.dataset.white_level,
         "resize": "bilinear, half-pixel centres, no antialiasing, aspect not kept",
-        "networks": {
-            "architecture": config.trunk.architecture,
-            "layers": training.make_pyramid(config).layers,
-            "dtype": config.train.dtype,
-            "model": config.model.to_dict(),
-        },
-        "trunk": {"source": run.trunk.source, "sha256": run.trunk.sha256},
-        "calibration": serialization.to_state_dict(run.weights.calibration),
+        "config": {name: config.to_dict()[name] for name in groups},
+        "trunk": trunk and {"source": trunk.source, "sha256": trunk.sha256},
+        "calibration": run.weights.calibration.to_json(),
         **run.decisions.to_json(),
     }
 
 
-def as_arrays(weights: inference.Weights) -> inference.Weights:
-    """Thresholds and calibration as float32 arrays, too.
+def as_arrays(weights: Weights) -> Weights:
+    """Returns the weights with thresholds and calibration as float32 arrays.
 
-    Python's numbers would meet in float64, unlike the arguments of a jitted function.
+    Python numbers would be combined with each other in float64 during tracing, but the
+    arguments of a jitted function are float32.
     """
     return jax.tree.map(jnp.asarray, weights)

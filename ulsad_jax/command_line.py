@@ -1,4 +1,4 @@
-"""What the command-line programs share."""
+"""Defines flags and start-up code that the command-line programs share."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ SELECTIONS = ("last", "best_validation_loss", "best_test_auroc")
 
 
 def begin(argv: list[str]) -> None:
-    """Takes flags alone, silences libraries, and keeps freed memory.
+    """Rejects positional arguments, silences libraries and keeps freed memory.
 
-    Call it first: see `host_memory.keep_freed`.
+    Call it before anything else: see `host_memory.keep_freed`.
+
+    Raises:
+        app.UsageError: there are positional arguments.
     """
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags alone, found {' '.join(argv[1:])!r}.")
@@ -31,7 +34,7 @@ def begin(argv: list[str]) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what names a trained category: its run, checkpoint and thresholds."""
+    """Adds the arguments for a trained category, its checkpoint and thresholds."""
     add = parser.add_argument
     add("--workdir", required=True, type=as_path, help="Folder that train.py wrote.")
     add("--category", default="", help="Where the run has several.")
@@ -46,15 +49,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def as_path(text: str) -> Path:
-    """A path that may begin with ~."""
+    """Returns the path that `text` names, with a leading ~ expanded."""
     return Path(text).expanduser()
 
 
 def define_processes() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Defines the flags of a program that may be several processes.
+    """Defines the flags of a program that can run as several processes.
 
     Returns:
-        A context in which this process is one of them, if the flags say so.
+        A function that returns a context manager. In that context this process has
+        joined the other processes, if the flags ask for it.
     """
     distributed = flags.DEFINE_boolean(
         "distributed",
@@ -98,7 +102,7 @@ def define_processes() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 def parse(argv: list[str], config: flags.FlagHolder) -> list[str]:
-    """Parses the flags; a config file or a field that is not there is one message."""
+    """Parses the flags; exits with a message for a wrong config file or field."""
     try:
         arguments = app.parse_flags_with_usage(argv)
         _ = config.value.seed  # fails here if the file could not be read
@@ -107,21 +111,21 @@ def parse(argv: list[str], config: flags.FlagHolder) -> list[str]:
     except (AttributeError, LookupError, OSError, SyntaxError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if any(frame.name == "get_config" for frame in frames):
-            raise  # an error of the config file's own
+            raise  # an error inside the config file
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
         found = error.args[0] if isinstance(error, KeyError) else error
         sys.exit(
             "error: Expected a config file, --config=<file>.py[:<category>], and "
             f"fields of it, --config.<field>=<value>, found: {errors.sentence(found)} "
-            "See README, section Configuration; configs/default.py has every field. A "
+            "See docs/runs.md; configs/default.py has every field. A "
             "number of a loss term has to be in the term's entry of the config file "
             "before a flag can change it."
         )
 
 
 def _check_once(argv: list[str], config: Any) -> None:
-    """Refuses a tuple that is given twice: ml_collections would join the two."""
+    """Rejects a tuple flag given twice, because ml_collections would join both."""
     names = [word.partition("=")[0].lstrip("-") for word in argv if word[:1] == "-"]
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
         first, *fields = name.split(".")

@@ -1,4 +1,4 @@
-"""A trained run as a function from images to results."""
+"""Runs a trained category on images and returns the results."""
 
 from __future__ import annotations
 
@@ -14,49 +14,23 @@ from PIL import Image
 from ulsad_jax.data import pixels as pixels_lib
 from ulsad_jax.data.records import read_image
 from ulsad_jax.data.resize import resize_bilinear, resize_map
-from ulsad_jax.runs import trained, training
+from ulsad_jax.runs import saved, setup
 from ulsad_jax.runtime.errors import UserError
-from ulsad_jax.scoring import prediction as inference
+from ulsad_jax.scoring.prediction import Weights, make_predict_step
+from ulsad_jax.scoring.result import Result, take
 from ulsad_jax.scoring.thresholds import Decisions
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, UInt8
+    from jaxtyping import UInt8
     from ml_collections import ConfigDict
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Result:
-    """What the system says of one image.
-
-    Attributes:
-        score: the maximum of the map at model resolution, as in scores.csv.
-        normalized_score: see `decisions.normalize`.
-        is_anomalous: whether the score is above the image threshold.
-        local_score: of the local map alone (structural anomalies).
-        global_score: of the global map alone (logical anomalies).
-        mask_area: pixels of the mask.
-        mask_share: the same as a share of the image.
-        anomaly_map: float32 at the input's own resolution.
-        mask: pixels whose value is above the pixel threshold.
-    """
-
-    score: float
-    normalized_score: float
-    is_anomalous: bool
-    local_score: float
-    global_score: float
-    mask_area: int
-    mask_share: float
-    anomaly_map: Float[np.ndarray, "h w"]
-    mask: Bool[np.ndarray, "h w"]
-
-
 class Prepared(NamedTuple):
-    """An image as the networks take it.
+    """An image in the form that the networks take.
 
     Attributes:
-        pixels: at model resolution.
-        size: (height, width) of the input.
+        pixels: 8-bit RGB image at model resolution.
+        size: (height, width) of the input image in pixels.
     """
 
     pixels: UInt8[np.ndarray, "H W 3"]
@@ -64,28 +38,26 @@ class Prepared(NamedTuple):
 
 
 class Detector:
-    """Scores images with a category of a run; the run's folder is all it needs.
+    """A trained category of a run, loaded from the run's folder, that scores images.
 
-    `detector(image)` gives a `Result`, and `detector([image, ...])` a list of them. An
-    image is a path, a PIL image or a NumPy array ([h, w], [h, w, 1], [h, w, 3] or
-    [h, w, 4], RGB in this order; uint8, uint16, or any numbers where the run has a
-    `config.dataset.white_level`). It is made 8-bit RGB and resized as training images
-    are. Paths and PIL images are turned upright by their EXIF orientation, arrays are
-    taken as they are. PIL keeps 8 bits of 16-bit colour: give the path or an array.
+    `detector(image)` returns a `Result`, and `detector([image, ...])` a list of them.
+    An image is a path, a PIL image or a NumPy array of shape [h, w], [h, w, 1],
+    [h, w, 3] or [h, w, 4], with channels in RGB order. Arrays are uint8 or uint16;
+    other numbers need a run with a `config.dataset.white_level`. Images are converted
+    to 8-bit RGB and resized like the training images. Paths and PIL images are turned
+    upright according to their EXIF orientation; arrays are not turned. PIL keeps only 8
+    bits of 16-bit colour: pass the path or an array in that case.
     """
 
-    def __init__(
-        self, config: ConfigDict, weights: inference.Weights, decisions: Decisions
-    ):
-        """Takes what `load` has read."""
+    def __init__(self, config: ConfigDict, weights: Weights, decisions: Decisions):
+        """Takes the config, weights and decisions that `load` has read."""
         self.image_size: tuple[int, int] = tuple(config.image_size)
         self.batch_size: int = config.evaluation.batch_size
         self.white_level: float = config.dataset.white_level
         self.decisions = decisions
         self._weights = weights
-        self._predict = inference.make_predict_step(
-            training.make_pyramid(config), training.make_model(config)
-        )
+        made = setup.make(config)
+        self._predict = make_predict_step(made.pyramid, made.method, keep_maps=True)
 
     @classmethod
     def load(
@@ -101,18 +73,21 @@ class Detector:
         """Loads a category of a run.
 
         Args:
-            workdir: that train.py wrote.
-            category: may be left out where the run has one.
-            selection: of the checkpoint, if not the config's.
-            image_threshold: instead of the run's.
-            pixel_threshold: instead of the run's.
-            batch_size: images at once, if not `config.evaluation.batch_size`. A batch
-                is always filled up, so 1 is fastest for single images.
+            workdir: folder that train.py wrote.
+            category: name of the category; may be empty if the run has only one.
+            selection: checkpoint to load ("last", "best_validation_loss" or
+                "best_test_auroc"); empty for the selection in the config.
+            image_threshold: replaces the run's threshold on image scores.
+            pixel_threshold: replaces the run's threshold on map values.
+            batch_size: number of images per batch, by default
+                `config.evaluation.batch_size`. Batches are always padded to this size,
+                so that 1 is fastest for single images.
 
         Raises:
-            UserError: no run, no such category, another version's checkpoint.
+            UserError: there is no run or no such category, or another version wrote the
+                checkpoint.
         """
-        run = trained.load_run(
+        run = saved.load_run(
             workdir,
             category,
             selection=selection,
@@ -123,14 +98,14 @@ class Detector:
         return cls(run.config, run.weights, run.decisions)
 
     def __call__(self, images: Any) -> Any:
-        """Returns the `Result` of an image, or a list of them for several.
+        """Returns the `Result` of one image, or a list of results for several images.
 
         Args:
             images: an image, a sequence of images, or an array [n, h, w, c].
 
         Raises:
             UserError: a file that cannot be read, or an image that needs a white level.
-            ValueError: an array that is no image.
+            ValueError: an array that is not an image.
         """
         if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
             return [
@@ -143,22 +118,38 @@ class Detector:
         return next(self.predict([self.prepare(images)]))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the maps that the anomaly map is the mean of."""
+        image = jax.ShapeDtypeStruct((1, *self.image_size, 3), np.uint8)
+        return tuple(jax.eval_shape(self._predict, self._weights, image).scores)
+
+    @property
     def display_range(self) -> tuple[float, float]:
-        """The map's values that are drawn coldest and hottest in pictures."""
+        """Map values (low, high) at the cold and the hot end of the colour scale."""
         calibration = self._weights.calibration
         return calibration.display_low, calibration.display_high
 
     def prepare(self, image: Any) -> Prepared:
-        """Decodes and resizes an image. Threads may do so side by side."""
+        """Decodes and resizes an image; several threads may call it at once."""
         pixels = as_rgb(image, self.white_level)
         height, width = pixels.shape[:2]
         return Prepared(resize_bilinear(pixels, self.image_size), (height, width))
 
-    def predict(self, batch: Sequence[Prepared]) -> Iterator[Result]:
-        """Scores at most `batch_size` images; makes large maps one at a time.
+    def predict(
+        self, batch: Sequence[Prepared], *, with_maps: bool = True
+    ) -> Iterator[Result]:
+        """Scores a batch of images; large maps are made one image at a time.
+
+        Args:
+            batch: at most `batch_size` images from `prepare`.
+            with_maps: True to also resize every map that the anomaly map is the mean
+                of.
+
+        Yields:
+            The result of each image, with maps at the size of the input image.
 
         Raises:
-            UserError: a score that is not finite.
+            UserError: an anomaly map that is not finite.
         """
         images = np.zeros((self.batch_size, *self.image_size, 3), np.uint8)
         for row, prepared in enumerate(batch):
@@ -170,33 +161,32 @@ class Detector:
                 "weights are damaged. Restore its files, or train anew."
             )
         for row, prepared in enumerate(batch):
-            anomaly_map = resize_map(prediction.anomaly_map[row], prepared.size)
-            # As the device compares: in float32.
+            result = take(prediction, row)
+            anomaly_map = resize_map(result.anomaly_map, prepared.size)
+            # The device compares in float32, too.
             mask = anomaly_map > np.float32(self.decisions.thresholds.pixel)
             area = int(np.count_nonzero(mask))
-            yield Result(
-                score=float(prediction.score[row]),
-                normalized_score=float(prediction.normalized_score[row]),
-                is_anomalous=bool(prediction.is_anomalous[row]),
-                local_score=float(prediction.local_score[row]),
-                global_score=float(prediction.global_score[row]),
+            maps = result.maps if with_maps else {}
+            yield dataclasses.replace(
+                result,
                 mask_area=area,
                 mask_share=area / mask.size,
                 anomaly_map=anomaly_map,
+                maps={n: resize_map(m, prepared.size) for n, m in maps.items()},
                 mask=mask,
             )
 
 
 def as_rgb(image: Any, white_level: float) -> UInt8[np.ndarray, "h w 3"]:
-    """Makes 8-bit RGB of everything that a detector takes.
+    """Converts any image that a detector takes to 8-bit RGB.
 
     Args:
-        image: see `Detector`.
-        white_level: see `pixels.to_rgb`.
+        image: a path, a PIL image or an array, see `Detector`.
+        white_level: value that means white, see `pixels.to_rgb`.
 
     Raises:
         UserError: a file that cannot be read, or an image that needs a white level.
-        ValueError: an array of another type or shape, or without a pixel.
+        ValueError: an array of another type or shape, or without pixels.
     """
     if isinstance(image, str | os.PathLike):
         return read_image(image, white_level=white_level)

@@ -1,7 +1,8 @@
 """Exports a category: `python -m ulsad_jax.export --workdir=RUN --output=FILE`.
 
-The file holds everything that turns images into decisions, and needs JAX alone: see
-README, section Export. Exits with 0 if it was written, 1 if not, 2 for wrong flags.
+The file holds everything that turns images into decisions, and needs only JAX: see
+docs/predict_and_export.md. The exit status is 0 if the file was written, 1 if it was
+not, and 2 for wrong flags.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from ulsad_jax.command_line import add_run_arguments, as_path
 
 
 def main(arguments: list[str]) -> None:
-    """Exports, and says what was written."""
+    """Exports a category and prints the path and size of the file."""
     flags = parse(arguments)
     from ulsad_jax.runtime import errors
 
     with errors.reported():
         from ulsad_jax import artifact
-        from ulsad_jax.runs import trained
+        from ulsad_jax.runs import saved
 
         check_output(flags.output)
         platforms = tuple(dict.fromkeys(flags.platforms.split(",")))
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
                 f"Expected --platforms to be some of {','.join(artifact.PLATFORMS)}, "
                 f"separated by commas, found {flags.platforms!r}. Name some of them."
             )
-        run = trained.load_run(
+        run = saved.load_run(
             flags.workdir,
             flags.category,
             selection=flags.selection,
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line; exits with 2 if it is wrong."""
+    """Parses the command line; exits with status 2 if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m ulsad_jax.export", allow_abbrev=False, description=__doc__
     )
@@ -62,10 +63,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_output(path: Path) -> None:
-    """Refuses a file that cannot be written, before anything is computed.
+    """Checks that the output file can be written, before anything is computed.
 
     Raises:
-        UserError: its folder is not there, or it is a folder.
+        UserError: the parent folder does not exist, or the path is a folder.
     """
     from ulsad_jax.runtime.errors import UserError
 

@@ -1,8 +1,9 @@
-"""ONNX: `python -m ulsad_jax.export_onnx --weights=FILE --output=FILE.onnx`.
+"""Exports to ONNX: `python -m ulsad_jax.export_onnx --weights=FILE --output=FILE.onnx`.
 
-Needs jax2onnx and onnxruntime, in an environment of its own, because jax2onnx wants an
-older Orbax than training does. The weights come from `python -m ulsad_jax.export
---weights`, run in the usual environment. What is written has been compared with JAX.
+Needs jax2onnx and onnxruntime, in a separate environment, because jax2onnx requires an
+older Orbax than training does. The weights come from
+`python -m ulsad_jax.export --weights`, run in the usual environment. The ONNX model is
+compared with JAX before it is written.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-TOLERANCE = 1e-4  # of the largest value of an output
-BATCHES = (1, 3, 8)  # that are compared
+TOLERANCE = 1e-4  # share of the largest value of an output
+BATCHES = (1, 3, 8)  # batch sizes to compare with
 
 
 def main(arguments: list[str]) -> None:
-    """Converts, compares, writes."""
+    """Converts the weights, compares the model with JAX and writes it."""
     parser = argparse.ArgumentParser(
         prog="python -m ulsad_jax.export_onnx", allow_abbrev=False, description=__doc__
     )
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> None:
         from ulsad_jax import artifact
 
         metadata, weights = artifact.read_weights(flags.weights)
-        function = artifact.make_function(metadata["networks"], weights)
+        function = artifact.make_function(metadata, weights)
         content = convert(function, metadata)
         differences = compare(content, function, tuple(metadata["image_size"]))
         print("\n".join(f"{name:18}{value:.1e}" for name, value in differences.items()))
@@ -49,11 +50,13 @@ def main(arguments: list[str]) -> None:
 
 
 def convert(function: Callable, metadata: Mapping[str, Any]) -> bytes:
-    """An ONNX model of any batch size: input "image", outputs by their names.
+    """Returns a serialised ONNX model for any batch size.
+
+    The input is called "image"; outputs have the names that `function` gives them.
 
     Args:
-        function: see `artifact.make_function`.
-        metadata: kept in the model, under "ulsad_jax".
+        function: function from images to arrays, see `artifact.make_function`.
+        metadata: JSON object to store in the model, under "ulsad_jax".
     """
     import jax
     import jax.numpy as jnp
@@ -64,7 +67,7 @@ def convert(function: Callable, metadata: Mapping[str, Any]) -> bytes:
 
     (batch,) = jax.export.symbolic_shape("b")
     image = jax.ShapeDtypeStruct((batch, *metadata["image_size"], 3), jnp.uint8)
-    # Traced here, because jax2onnx puts its own layers in the place of Flax's.
+    # Traced here, because jax2onnx would replace Flax's layers by its own.
     with convolution.plain():
         jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(image)
     model = to_onnx(
@@ -72,7 +75,7 @@ def convert(function: Callable, metadata: Mapping[str, Any]) -> bytes:
         [image],
         model_name="ulsad",
         input_names=["image"],
-        output_names=sorted(outputs),  # as JAX orders a dictionary
+        output_names=sorted(outputs),  # JAX sorts the keys of a dictionary
     )
     entry = model.metadata_props.add()
     entry.key, entry.value = "ulsad_jax", json.dumps(metadata)
@@ -82,12 +85,12 @@ def convert(function: Callable, metadata: Mapping[str, Any]) -> bytes:
 def compare(
     content: bytes, function: Callable, image_size: tuple[int, int]
 ) -> dict[str, float]:
-    """The largest difference of every output, as a share of its largest value.
+    """Returns the largest error of every output, as a share of its largest value.
 
     Args:
-        content: of the ONNX model.
-        function: that it has to equal.
-        image_size: (height, width).
+        content: serialised ONNX model.
+        function: JAX function that the model has to agree with.
+        image_size: (height, width) in pixels.
     """
     import jax
     import numpy as np
@@ -103,7 +106,7 @@ def compare(
         for name, found in zip(names, given, strict=True):
             wanted = expected[name].astype(np.float64)
             difference = np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-9)
-            # Not max(), which would drop NaN.
+            # max() would drop NaN.
             differences[name] = float(np.maximum(differences[name], difference))
     return differences
 

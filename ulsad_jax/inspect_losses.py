@@ -1,8 +1,9 @@
-"""Shows what each loss term is worth before anything is trained.
+"""Prints the value and gradient of each loss term before training.
 
     python -m ulsad_jax.inspect_losses --config=configs/<file>.py:<category> ...
 
-Values, shares and gradient norms are those of the batch that training begins with.
+Values, shares and gradient norms are those of the first training batch, with the
+initial weights.
 """
 
 from absl import app, flags
@@ -20,7 +21,7 @@ _JSON = flags.DEFINE_boolean("json", False, "Print JSON instead of a table.")
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table; fails if a term cannot be trained with."""
+    """Prints the table; fails if training with a term is not possible."""
     command_line.begin(argv)
     from ulsad_jax.runtime import errors
 

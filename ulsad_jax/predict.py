@@ -1,7 +1,7 @@
 """Predicts images: `python -m ulsad_jax.predict --workdir=RUN INPUT... --output=DIR`.
 
-Exits with 0 if every image was predicted, 1 if some could not be, 2 if nothing was
-begun because of how it was called.
+The exit status is 0 if every image was predicted, 1 if some could not be predicted, and
+2 if the arguments are wrong and nothing was predicted.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from ulsad_jax.runtime import host_memory
 
 
 def main(arguments: list[str]) -> int:
-    """Predicts; returns the exit status."""
+    """Predicts the images and returns the exit status."""
     flags = parse(arguments)
     host_memory.keep_freed()
     from ulsad_jax.runtime import errors
 
     with errors.reported(stopped="Stopped. Images that have a row are finished."):
-        # Not for --help: JAX takes seconds.
+        # Imported here, because JAX takes seconds, which --help need not wait for.
         from ulsad_jax import predictions
         from ulsad_jax.detector import Detector
         from ulsad_jax.runs import config as config_lib
-        from ulsad_jax.runs import trained
+        from ulsad_jax.runs import folder
         from ulsad_jax.runtime import compilation
 
         try:
             inputs = predictions.find_inputs(flags.inputs)
             predictions.check_output(flags.output, inputs)
-            config = config_lib.load(flags.workdir / trained.CONFIG)
+            config = config_lib.load(flags.workdir / folder.CONFIG)
             compilation.keep(config.dataset.cache_dir)
             detector = Detector.load(
                 flags.workdir,
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         kinds = {kind: getattr(flags, kind) for kind in ("overlays", "masks", "maps")}
         try:
             counts = predictions.predict_files(detector, inputs, flags.output, **kinds)
-        except predictions.OutputTaken as error:  # since it was looked at
+        except predictions.OutputTaken as error:  # taken since the check above
             print(f"error: {error}", file=sys.stderr)
             return 2
     print(
@@ -57,9 +57,10 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line; exits with 2 if it is wrong.
+    """Parses the command line; exits with status 2 if it is wrong.
 
-    It is argparse's, not absl's, for inputs among the flags and for that status.
+    It uses argparse instead of absl, because argparse allows inputs between the flags
+    and exits with that status.
     """
     parser = argparse.ArgumentParser(
         prog="python -m ulsad_jax.predict", allow_abbrev=False, description=__doc__

@@ -1,4 +1,4 @@
-"""Predictions of files and folders of any size, written as they are made."""
+"""Predicts files and folders of any size, and writes each result immediately."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ import numpy as np
 from PIL import Image
 
 from ulsad_jax.data.records import IMAGE_SUFFIXES, read_image
-from ulsad_jax.detector import Detector, Prepared, Result
+from ulsad_jax.detector import Detector, Prepared
 from ulsad_jax.report import figures
-from ulsad_jax.runs.results import SCORES
 from ulsad_jax.runtime import files
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.runtime.progress import progress
+from ulsad_jax.scoring.result import Result, columns
 
 CSV, JSON = "scores.csv", "scores.jsonl"
-COLUMNS = ("image", "name", *SCORES, "width", "height", "error")
-THREADS = 4  # that decode; each holds one image at its own resolution
-# Why one picture cannot be written though others can: its name is too long or not
-# allowed, or another picture's folder is called so. None: the encoder refuses it.
+THREADS = 4  # decoders; each holds one image at its own resolution
+# Errors that affect a single picture: its name is too long or not allowed, or is that
+# of another picture's folder. None: an error of the encoder, without a number.
 OF_ONE_PICTURE = (
     *(None, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
@@ -39,23 +38,23 @@ OF_ONE_PICTURE = (
 
 
 class OutputTaken(UserError):
-    """Something is in the folder for results; nothing was begun."""
+    """Error of an output folder that is not empty; no prediction has started."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What to predict.
+    """Images to predict.
 
     Attributes:
-        paths: files, and folders to be searched.
-        root: a folder that holds all of them; results mirror the tree under it.
+        paths: image files, and folders to search.
+        root: common parent folder; results have the same subfolders.
     """
 
     paths: tuple[Path, ...]
     root: Path
 
     def __iter__(self) -> Iterator[Path]:
-        """Every image file; folders are searched as it goes, in order of names."""
+        """Yields every image file; folders are searched lazily, in order of names."""
         for path in self.paths:
             if path.is_dir():
                 yield from _walk(path)
@@ -63,12 +62,12 @@ class Inputs:
                 yield path
 
     def name(self, path: Path) -> str:
-        """A file's path under the root: no other file has it."""
+        """Returns a file's path relative to the root, which is unique."""
         return os.path.relpath(os.path.abspath(path), self.root)
 
 
 class Counts(NamedTuple):
-    """How many images there were, of which so many anomalous or unreadable."""
+    """Numbers of all images, of anomalous ones, and of images with an error."""
 
     images: int
     anomalous: int
@@ -76,13 +75,13 @@ class Counts(NamedTuple):
 
 
 def find_inputs(arguments: Sequence[str]) -> Inputs:
-    """Resolves what the command line names, each file once.
+    """Resolves the inputs of the command line, with each file once.
 
     Args:
-        arguments: files, whatever their names; folders, searched for files with an
-            image's ending, through links to folders, too, but those that lead back,
-            and not in hidden folders; globs, `**` too, which find what a search of
-            folders finds.
+        arguments: files, folders and globs. A file may have any name. A folder is
+            searched for files with an image's suffix; links to folders are followed
+            unless they form a cycle, and hidden folders are skipped. A glob, in which
+            `**` is allowed, finds what a search of folders finds.
 
     Raises:
         UserError: an argument without any image.
@@ -104,11 +103,11 @@ def find_inputs(arguments: Sequence[str]) -> Inputs:
 
 
 def check_output(output: Path, inputs: Inputs) -> None:
-    """Refuses a folder for results in which something is, or would be read again.
+    """Rejects an output folder that is not empty, or lies inside an input folder.
 
     Raises:
-        OutputTaken: it is not empty, or no folder.
-        UserError: it is inside a folder that is read.
+        OutputTaken: it is not empty, or not a folder.
+        UserError: it lies inside a folder that is read.
     """
     if found := files.find_content(output):
         raise OutputTaken(
@@ -134,42 +133,45 @@ def predict_files(
     masks: bool = False,
     maps: bool = False,
 ) -> Counts:
-    """Predicts every image into a folder; what cannot be read gets an error row.
+    """Predicts every image into a folder; images that cannot be read get an error row.
 
-    Memory does not grow with the number of images. Pictures are at the input's own
-    resolution and named like the input, with another ending appended (and shortened,
-    see `files.fit_name`): no two inputs have one. One that cannot be written makes an
-    error row; what stops all of them, such as a full disk, stops the prediction.
+    Memory does not grow with the number of images. Pictures have the resolution of the
+    input. Their name is the input's name with another suffix appended, shortened if
+    necessary (see `files.fit_name`), so that no two inputs share a picture. A picture
+    that cannot be written causes an error row; an error that affects all of them, such
+    as a full disk, stops the prediction.
 
     Args:
-        detector: see `Detector.load`.
-        inputs: see `find_inputs`.
+        detector: trained category, see `Detector.load`.
+        inputs: images to predict, see `find_inputs`.
         output: a new or empty folder.
-        overlays: whether to write `overlays/<name>.png`.
-        masks: whether to write `masks/<name>.png`, 0 or 255.
-        maps: whether to write `maps/<name>.tiff`, float32.
+        overlays: True to write `overlays/<name>.png`.
+        masks: True to write `masks/<name>.png`, with values 0 or 255.
+        maps: True to write `maps/<name>.tiff`, float32.
 
     Raises:
-        OutputTaken: another prediction has begun in the folder.
+        OutputTaken: another prediction has started in the folder.
+        OSError: an error that affects all output, such as a full disk.
     """
     writers = {"overlays": overlays, "masks": masks, "maps": maps}
     wanted = [kind for kind, is_wanted in writers.items() if is_wanted]
+    header = ("image", "name", *columns(detector.names), "width", "height", "error")
     total = sum(1 for _ in inputs)
     anomalous = failed = 0
     with (
-        _claim(output) as tables,
+        _claim(output, header) as tables,
         ThreadPoolExecutor(THREADS) as pool,
         progress(None, "predicting", total=total, announce=True) as bar,
     ):
         for batch in _batches(_prepare(detector, inputs, pool), detector.batch_size):
             good = [item for _, item in batch if isinstance(item, Prepared)]
-            results = detector.predict(good) if good else iter(())
+            results = detector.predict(good, with_maps=False) if good else iter(())
             for path, item in batch:
-                row: dict[str, Any] = dict.fromkeys(COLUMNS)
+                row: dict[str, Any] = dict.fromkeys(header)
                 row |= {"image": os.fspath(path), "name": inputs.name(path)}
                 if isinstance(item, Prepared):
                     result = next(results)
-                    row |= {name: getattr(result, name) for name in SCORES}
+                    row |= result.row()
                     row |= {"height": item.size[0], "width": item.size[1]}
                     row["error"] = _write_pictures(
                         detector, result, path, output, row["name"], wanted
@@ -184,8 +186,8 @@ def predict_files(
 
 
 @contextlib.contextmanager
-def _claim(output: Path) -> Iterator[tuple[TextIO, TextIO]]:
-    """Begins the two tables in a folder that no other prediction has begun in."""
+def _claim(output: Path, header: Sequence[str]) -> Iterator[tuple[TextIO, TextIO]]:
+    """Creates both tables in a folder; fails if another prediction has created them."""
     output.mkdir(parents=True, exist_ok=True)
     encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
     try:
@@ -196,19 +198,19 @@ def _claim(output: Path) -> Iterator[tuple[TextIO, TextIO]]:
             f"prediction in {output}. Give another."
         ) from error
     with table, (output / JSON).open("x", **encoding) as lines:
-        csv.writer(table).writerow(COLUMNS)
+        csv.writer(table).writerow(header)
         yield table, lines
 
 
 def _expand(argument: str) -> list[Path]:
     path = Path(argument).expanduser()
-    if path.exists():  # a name may hold a glob's signs
+    if path.exists():  # a file's name may contain *, ? or [
         return [path]
     return sorted(m for m in _match(path) if m.is_dir() or _is_image(m))
 
 
 def _match(pattern: Path) -> set[Path]:
-    """What matches a glob; `**` are folders as a search finds them, without circles."""
+    """Returns the paths that match a glob; `**` matches folders without link cycles."""
     parts = pattern.parts
     if "**" not in parts:
         return {Path(found) for found in glob.iglob(os.fspath(pattern))}
@@ -221,7 +223,7 @@ def _match(pattern: Path) -> set[Path]:
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))  # links stay what they are called
+    return Path(os.path.abspath(path))  # does not resolve links
 
 
 def _is_image(path: Path) -> bool:
@@ -229,7 +231,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _is_found_in(folders: set[Path], path: Path) -> bool:
-    """Whether a search of one of the folders comes upon the path."""
+    """Returns whether a search of one of the folders finds the path."""
     if not (path in folders or _is_image(path)):
         return False
     for folder in folders.intersection(path.parents):
@@ -240,24 +242,24 @@ def _is_found_in(folders: set[Path], path: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The image files under a folder, and the folders that cannot be searched."""
+    """Yields the image files under a folder, then folders that cannot be read."""
     refused: list[Path] = []
     for where, names in _search(folder, refused):
         yield from filter(_is_image, (where / name for name in names))
-    yield from refused  # reading one fails, and becomes an error row
+    yield from refused  # reading one fails and gives an error row
 
 
 def _search(
     folder: Path, refused: list[Path] | None = None
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Finds a folder and all under it that are not hidden, links to folders, too.
+    """Walks through a folder and its subfolders; skips hidden ones and follows links.
 
     Args:
-        folder: where to begin; nothing is found in what is no folder.
-        refused: gets the folders that cannot be searched.
+        folder: folder to search; a path that is not a folder yields nothing.
+        refused: list to which folders that cannot be searched are appended.
 
     Yields:
-        A folder and the names of its files, in their order.
+        A folder and the sorted names of its files.
     """
 
     def refuse(error: OSError) -> None:
@@ -270,14 +272,14 @@ def _search(
         folders[:] = sorted(
             name
             for name in folders
-            # A link that leads back would be followed for ever.
+            # A link to a parent folder would be followed without end.
             if not name.startswith(".") and os.path.realpath(where / name) not in above
         )
         yield where, sorted(names)
 
 
 def _between(first: Path, last: Path) -> Iterable[Path]:
-    """Lists `last` and the folders above it, up to `first`."""
+    """Returns `last` and its parent folders, up to and including `first`."""
     count = len(last.parts) - len(first.parts)
     return (last, *last.parents[:count])
 
@@ -285,14 +287,14 @@ def _between(first: Path, last: Path) -> Iterable[Path]:
 def _prepare(
     detector: Detector, paths: Inputs, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Path, Prepared | str]]:
-    """Decodes a few images ahead, in order; an error is its message."""
+    """Decodes a few images ahead, in order; yields a message for a bad image."""
 
     def prepare(path: Path) -> Prepared | str:
         try:
             return detector.prepare(path)
         except UserError as error:
             return str(error)
-        except Exception as error:  # damaged files make decoders raise anything
+        except Exception as error:  # decoders raise any error for damaged files
             return f"{type(error).__name__}: {error}"
 
     pending: deque[tuple[Path, Future]] = deque()
@@ -319,10 +321,11 @@ def _write_pictures(
     name: str,
     wanted: Sequence[str],
 ) -> str | None:
-    """Writes an image's pictures; returns what is wrong with one of them, if any.
+    """Writes the pictures of an image; returns an error message, or None.
 
     Raises:
-        OSError: no picture can be written, for the disk is full or the like.
+        OSError: an error that prevents all pictures from being written, such as a full
+            disk.
     """
     for kind in wanted:
         ending = ".tiff" if kind == "maps" else ".png"
@@ -332,7 +335,7 @@ def _write_pictures(
             picture = _draw(kind, detector, result, path)
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
-        except UserError as error:  # the file is gone by now, or another one
+        except UserError as error:  # the file was removed or replaced meanwhile
             return str(error)
         except OSError as error:
             if error.errno not in OF_ONE_PICTURE:
@@ -346,12 +349,12 @@ def _write_pictures(
 
 
 def _draw(kind: str, detector: Detector, result: Result, path: Path) -> Image.Image:
-    """Makes an image's overlay, mask or map."""
+    """Returns the overlay, mask or map of an image as a picture."""
     if kind == "maps":
         return Image.fromarray(result.anomaly_map)
     if kind == "masks":
         return Image.fromarray(result.mask.astype(np.uint8) * 255)
-    # Read again: keeping a batch at its own resolution may fill the memory.
+    # Read again, because a batch at original resolution may not fit in memory.
     low, high = detector.display_range
     pixels = read_image(path, white_level=detector.white_level)
     if pixels.shape[:2] != result.mask.shape:

@@ -1,4 +1,4 @@
-"""Batches of a category: TFDS -> Grain -> padded uint8 arrays."""
+"""Batches of a category's examples, read from TFDS with Grain."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ulsad_jax.data.file_warnings import said_before
-from ulsad_jax.data.layouts import describe_unused
+from ulsad_jax.data.layouts import describe_unused, find
 from ulsad_jax.data.prepare import RecordsBuilder, find_builder
 from ulsad_jax.data.records import (
     SPLITS,
@@ -40,13 +40,14 @@ READING = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
 
 @dataclasses.dataclass(frozen=True)
 class GroundTruth:
-    """What is known of one example's pixels, at its original resolution.
+    """The ground truth of one example at its original resolution.
 
     Attributes:
-        masks: one a ground-truth channel; none where none is known or needed.
-        saturations: the rule that belongs to each channel.
-        known: whether the defective pixels are known; of a normal image it is known
-            that there are none.
+        masks: ground-truth channels, bool [channels, h, w]; no channel if none is known
+            or needed.
+        saturations: saturation rule of each channel.
+        known: True if the defective pixels are known. Always True for a normal image,
+            which has none.
     """
 
     masks: Bool[np.ndarray, "channels h w"]
@@ -59,7 +60,7 @@ class Original(GroundTruth):
     """One example at its original resolution.
 
     Attributes:
-        image: 8-bit RGB.
+        image: RGB image, uint8 [h, w, 3].
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -67,13 +68,13 @@ class Original(GroundTruth):
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Images of a category, in a fixed order.
+    """Examples of a category in a fixed order.
 
     Attributes:
-        records: what is known of each image.
-        positions: where each image is in `source`.
-        source: a split as TFDS reads it, images left encoded.
-        image_size: (height, width) in pixels of the images in batches.
+        records: one record per example.
+        positions: index of each example in `source`.
+        source: TFDS data source of one split, with images left encoded.
+        image_size: (height, width) of the images in batches, in pixels.
     """
 
     records: list[Record]
@@ -86,38 +87,40 @@ class Examples:
 
     @property
     def labels(self) -> Int32[np.ndarray, " n"]:
-        """0 for a normal image, 1 for an anomalous one."""
+        """Labels, int32 [n]: 0 for a normal image, 1 for an anomalous one."""
         return np.array([record.label for record in self.records], np.int32)
 
     @property
     def types(self) -> list[str]:
-        """What each image shows: "good", or the kind of anomaly."""
+        """Type of each image: "good" or the kind of anomaly."""
         return [record.type for record in self.records]
 
     @property
     def names(self) -> list[str]:
-        """Each image's "<type>/<stem>", unique within its split."""
+        """Name of each image, "<type>/<stem>", unique within its split."""
         return [record.name for record in self.records]
 
     def batches(
         self, batch_size: int, own: slice = slice(None)
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Every example once, in order; the last batch is filled up with zeros.
+        """Yields every example once, in order, in batches of equal size.
+
+        The last batch is padded with zeros.
 
         Args:
-            batch_size: examples a batch.
-            own: rows to read of every batch, b of them; by default all.
+            batch_size: number of examples in a batch.
+            own: slice of the rows to read of each batch, b rows; all rows by default.
 
         Yields:
             image: uint8 [b, H, W, 3].
-            label: int32 [b].
-            gt_mask: bool [b, H, W], the union of the ground-truth channels.
-            has_mask: bool [b], whether the defective pixels are known; of a normal
-                image it is known that there are none.
-            mask_lost: bool [b], whether there are defective pixels at original
-                resolution, but none in `gt_mask`.
-            index: int32 [b], the example's place in `records`.
-            valid: bool [b], False on rows that only fill up the batch.
+            label: int32 [b]; 0 for normal, 1 for anomalous.
+            gt_mask: bool [b, H, W]; union of the ground-truth channels.
+            has_mask: bool [b]; True if the defective pixels are known. Always True for
+                a normal image, which has none.
+            mask_lost: bool [b]; True if there are defective pixels at the original
+                resolution but none in `gt_mask`.
+            index: int32 [b]; position of the example in `records`.
+            valid: bool [b]; False for rows that only pad the batch.
         """
         if not len(self):
             return
@@ -133,17 +136,17 @@ class Examples:
             yield from batches
 
     def original(self, i: int) -> Original:
-        """Example `i` as it is on disk, with its separate ground-truth channels."""
+        """Returns example `i` at its original resolution, with its ground truth."""
         example = self.source[self.positions[i]]
         truth = _read_ground_truth(example)
         return Original(**vars(truth), image=_decode(example["image"]))
 
     def ground_truth(self, i: int) -> GroundTruth:
-        """As `original`, without decoding the image."""
+        """Returns the ground truth of example `i` without decoding its image."""
         return _read_ground_truth(self.source[self.positions[i]])
 
     def _load(self, i: int) -> dict[str, Any]:
-        """Example `i`; beyond the last one, one of zeros."""
+        """Returns example `i`, resized; zeros if `i` is past the last example."""
         if i >= len(self):
             return {
                 "image": np.zeros((*self.image_size, 3), np.uint8),
@@ -172,15 +175,17 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Category:
-    """The three parts of a category.
+    """The training, validation and test examples of a category.
 
     Attributes:
-        train: normal images to train on.
-        validation: normal images to calibrate on.
+        train: normal images used for training.
+        validation: normal images used for calibration.
         test: normal and anomalous images; may be empty.
-        fingerprint: changes whenever a source file does.
-        survey: what was noticed of the files when they were prepared.
-        unused: remarks on files that are not used.
+        fingerprint: string that changes when a source file or the white level changes.
+        survey: survey of the files, taken when they were prepared.
+        has_saturation: True if ground-truth channels have saturation thresholds; see
+            `layouts.base.Layout`.
+        unused: remarks on files that are not used, one sentence each.
     """
 
     train: Examples
@@ -188,11 +193,12 @@ class Category:
     test: Examples
     fingerprint: str
     survey: Survey
+    has_saturation: bool
     unused: list[str]
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on the files that every run repeats."""
+        """Remarks on the files that every run repeats, one sentence each."""
         return [*self.unused, *self.survey.remarks]
 
 
@@ -208,27 +214,27 @@ def open_category(
     white_level: float = 0.0,
     needs_training: bool = True,
 ) -> Category:
-    """Opens a category for reading, and builds it first where that is needed.
+    """Opens a category for reading, and builds it first if needed.
 
-    Where a data set has no validation split of its own, a part of the training images
-    is held out.
+    If a data set has no validation split of its own, part of the training images is
+    held out.
 
     Args:
-        name: the data set, a key of `ulsad_jax.data.layouts.LAYOUTS`.
-        root: the folder that the data set was unpacked to; for "table", a CSV file.
-        category: the category's name.
-        image_size: (height, width) in pixels of the images in batches.
-        cache_dir: where to keep what is built.
-        validation_fraction: the share of the training images to hold out.
-        seed: chooses the images held out, differently in each category.
-        white_level: the value that means white in files of more than 8 bits a channel;
-            0 where that is not given.
-        needs_training: whether a category without training images is refused; else
-            it is read without validation images, too.
+        name: name of a built-in layout, or "module:attribute".
+        root: folder to which the data set was unpacked; for "table", a CSV file.
+        category: name of the category.
+        image_size: (height, width) of the images in batches, in pixels.
+        cache_dir: folder in which the built data are kept.
+        validation_fraction: fraction of the training images to hold out.
+        seed: seed that selects the held-out images, differently in each category.
+        white_level: value that means white in files with more than 8 bits per channel;
+            0 if it is not given.
+        needs_training: True to refuse a category without training images. If False,
+            such a category is read, without validation images, too.
 
     Raises:
-        UserError: an unknown data set or category, source files that do not fit or
-            cannot be read, or too few training images to hold one out.
+        UserError: the data set or category is unknown, source files do not fit or
+            cannot be read, or there are too few training images to hold one out.
     """
     builder = find_builder(name)(
         root=root, config=category, data_dir=cache_dir, white_level=white_level
@@ -250,12 +256,16 @@ def open_category(
         test=_examples(builder, parts[TEST], image_size),
         fingerprint=builder.fingerprint,
         survey=builder.read_survey(),
+        has_saturation=find(name).has_saturation,
         unused=describe_unused(name, builder.root, category, builder.records),
     )
 
 
 class _Encoded(tfds.decode.SkipDecoding):
-    """Leaves images encoded; TFDS's own class fails on a sequence of them."""
+    """A decoder that leaves images encoded.
+
+    TFDS's own class fails on a sequence of images.
+    """
 
     def decode_batch_example_np(self, encoded: Any) -> Any:
         return encoded
@@ -264,7 +274,7 @@ class _Encoded(tfds.decode.SkipDecoding):
 def _examples(
     builder: RecordsBuilder, records: list[Record], image_size: tuple[int, int]
 ) -> Examples:
-    """The examples of `records`, which are of one split."""
+    """Returns the examples of `records`, which all belong to one split."""
     if not records:
         return Examples([], [], [], image_size)
     split = records[0].split
@@ -279,7 +289,7 @@ def _examples(
 def _read_ground_truth(example: dict[str, Any]) -> GroundTruth:
     masks = example["masks"]
     with said_before(), Image.open(io.BytesIO(example["image"])) as image:
-        width, height = image.size  # of the header
+        width, height = image.size  # from the header
     decoded = np.zeros((len(masks["mask"]), height, width), bool)
     for mask, target in zip(masks["mask"], decoded, strict=True):
         np.greater(_decode(mask), 0, out=target)

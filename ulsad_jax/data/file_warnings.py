@@ -1,6 +1,7 @@
 """Warnings about a file's content, with the file's name.
 
-Decoders warn of a broken EXIF block or of very many pixels, and do not know the file.
+Decoders warn about a broken EXIF block or a very large number of pixels, but do not
+know the file's name.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-# Python shows a text once; the same fault of the next file is another one. Appended, so
-# that whatever filter the user sets comes first.
+# Python shows each text once, but the same fault in another file is a new warning. The
+# filter is appended, so that the user's filters take precedence.
 warnings.filterwarnings("always", module=r"PIL\.", append=True)
 
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Adds a file's name to the warnings that reading it gives; may be nested."""
+    """Adds a file's name to the warnings raised while it is read.
+
+    Calls may be nested; the outermost one adds its name.
+    """
     if _CATCHER.reader.caught is not None:
         yield
         return
@@ -31,25 +35,29 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def said_before() -> Iterator[None]:
-    """Drops the warnings of reading again what was read under `naming`."""
+    """Drops the warnings raised while a file is read again.
+
+    They were shown when the file was first read, under `naming`.
+    """
     with _CATCHER.catch():
         yield
 
 
 class _Reader(threading.local):
-    """What a thread reads.
+    """The warnings caught in one thread.
 
     Attributes:
-        caught: (text, category) of the warnings about it; None if it reads nothing.
+        caught: (text, category) of each warning about the file being read; None if the
+            thread reads no file.
     """
 
     caught: list[tuple[str, type[Warning]]] | None = None
 
 
 class _Catcher:
-    """Takes the warnings of threads that read, and passes on those of others.
+    """Catches the warnings of threads that read files, and passes on all others.
 
-    `warnings.catch_warnings` is not for threads: they undo each other's.
+    `warnings.catch_warnings` is not thread-safe: threads undo each other's changes.
     """
 
     def __init__(self):
@@ -60,7 +68,7 @@ class _Catcher:
 
     @contextlib.contextmanager
     def catch(self) -> Iterator[list[tuple[str, type[Warning]]]]:
-        """Takes the warnings of this thread into the list that it gives."""
+        """Yields a list that collects the warnings of this thread."""
         before, self.reader.caught = self.reader.caught, []
         with self._lock:
             self._readers += 1

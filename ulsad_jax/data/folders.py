@@ -1,4 +1,4 @@
-"""Images and masks in folders that are named for what they hold."""
+"""Images and masks in folders whose names give their split and type."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ulsad_jax.data.records import (
 )
 from ulsad_jax.runtime.errors import UserError
 
-# What systems and archives leave behind, in lower case.
+# Folders that systems and archives leave behind, in lower case.
 JUNK_FOLDERS = (
     "__macosx",
     "$recycle.bin",
@@ -31,12 +31,12 @@ JUNK_FOLDERS = (
 
 
 def is_junk_folder(name: str) -> bool:
-    """Returns whether a folder of this name holds no one's images."""
+    """Returns whether a folder is hidden or was left behind by a system or archive."""
     return name.startswith(".") or name.lower() in JUNK_FOLDERS
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files directly in `folder`, sorted; [] where there is no folder."""
+    """Returns the image files directly in `folder`, sorted; [] if it is missing."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -44,12 +44,15 @@ def list_images(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
-        and not path.is_dir()  # a link to nothing stays, so that it is complained of
+        and not path.is_dir()  # a broken link is kept, so that it raises an error
     )
 
 
 def list_folders(folder: Path) -> list[Path]:
-    """The folders directly in `folder`, sorted; [] where there is no folder."""
+    """Returns the folders directly in `folder`, sorted; [] if it is missing.
+
+    Junk folders are left out.
+    """
     if not folder.is_dir():
         return []
     return sorted(
@@ -60,7 +63,7 @@ def list_folders(folder: Path) -> list[Path]:
 
 
 def list_categories(root: Path) -> list[str]:
-    """The folders of `root` that hold a folder `train` or `test`."""
+    """Returns the names of the folders in `root` that contain `train` or `test`."""
     return [
         folder.name
         for folder in list_folders(root)
@@ -69,11 +72,11 @@ def list_categories(root: Path) -> list[str]:
 
 
 def list_records(folder: Path, *, normal: Collection[str] = (GOOD,)) -> list[Record]:
-    """The images of `folder/<split>/<type>/`, without masks.
+    """Returns the images of `folder/<split>/<type>/` as records without masks.
 
     Args:
-        folder: a category's folder.
-        normal: what folders of normal images are called, in lower case.
+        folder: folder of the category.
+        normal: names of folders of normal images, in lower case.
     """
     return [
         record
@@ -83,12 +86,12 @@ def list_records(folder: Path, *, normal: Collection[str] = (GOOD,)) -> list[Rec
 
 
 def list_split(folder: Path, split: str, *, normal: Collection[str]) -> list[Record]:
-    """Returns the images of `folder/<type>/`, without masks.
+    """Returns the images of `folder/<type>/` as records without masks.
 
     Args:
-        folder: the split's.
-        split: its name.
-        normal: what folders of normal images are called, in lower case.
+        folder: folder of the split.
+        split: name of the split.
+        normal: names of folders of normal images, in lower case.
     """
     return [
         Record(image, split, GOOD if sub.name.lower() in normal else sub.name)
@@ -100,12 +103,18 @@ def list_split(folder: Path, split: str, *, normal: Collection[str]) -> list[Rec
 def add_masks(
     records: Iterable[Record], ground_truth: Path, *, endings: Collection[str]
 ) -> list[Record]:
-    """Gives anomalous records the mask `ground_truth/<type>/<stem><ending>.<any>`.
+    """Adds the mask `ground_truth/<type>/<stem><ending>.<any>` to anomalous records.
 
-    A record whose mask is not there stays without.
+    A record whose mask does not exist stays without one.
+
+    Args:
+        records: records without masks.
+        ground_truth: folder of the masks.
+        endings: possible endings after an image's stem, such as "_mask".
 
     Raises:
-        UserError: several files could be the mask of one image, or one that of several.
+        UserError: several files could be the mask of one image, or one file could be
+            the mask of several images.
     """
     folders: dict[Path, dict[str, list[Path]]] = {}
     found = []
@@ -127,10 +136,14 @@ def add_masks(
 
 
 def check_masks(records: list[Record]) -> list[Record]:
-    """Returns records that were given masks by their names, if each has its own.
+    """Returns the records after checking that no two images share a mask.
+
+    Args:
+        records: records whose masks were found by name.
 
     Raises:
-        UserError: two images of a split, "000.jpg" and "000.png", have one mask.
+        UserError: two images of a split, such as "000.jpg" and "000.png", have the same
+            mask.
     """
     owners: dict[tuple[Path, str], Record] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""What lossy compression does to a mask: noise around edges, black not quite 0."""
+"""Effects of lossy compression on masks: noise at edges, black not exactly 0."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ulsad_jax.data.file_warnings import said_before
+
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Shaped
 
-# The most that a black image comes back with, from quality 10 on: in JPEG all over,
-# in WebP here and there.
+# Largest value that black decodes to at quality 10 or higher: in the whole image
+# for JPEG, in single places for WebP.
 BLACK = 2
 
 
 def highest_normal(values: Shaped[np.ndarray, "h w"], data: bytes) -> float:
-    """Returns the value that a mask's defects lie above.
+    """Returns the value above which the pixels of a mask are defective.
 
     Args:
-        values: the mask's pixels.
-        data: the content of its file.
+        values: pixel values of the mask, [h, w].
+        data: content of the mask's file.
 
     Returns:
-        0 for a file without loss; for one with loss half of the largest value, as
-        noise is far below it, or the largest value of one that was black.
+        0 for a file without lossy compression. For lossy compression, half of the
+        largest value, because noise is far below it, but at least the value that black
+        may decode to: `BLACK` for WebP, and the smaller of `BLACK` and the mask's
+        smallest value for JPEG.
     """
     compression = _find_loss(data)
     if not compression:
@@ -36,8 +40,8 @@ def highest_normal(values: Shaped[np.ndarray, "h w"], data: bytes) -> float:
 
 
 def _find_loss(data: bytes) -> str:
-    """Returns "JPEG" or "WEBP" if an image file was compressed so with loss, or ""."""
-    with Image.open(io.BytesIO(data)) as image:
+    """Returns "JPEG" or "WEBP" if a file has such lossy compression, else ""."""
+    with said_before(), Image.open(io.BytesIO(data)) as image:
         if image.format == "WEBP":
             return "WEBP" if b"VP8 " in _webp_chunks(data) else ""
         jpeg = image.format in ("JPEG", "MPO")  # MPO: several JPEGs, as cameras write
@@ -46,8 +50,11 @@ def _find_loss(data: bytes) -> str:
 
 
 def _webp_chunks(data: bytes) -> Iterator[bytes]:
-    """Yields the names of a WebP file's chunks: pixels lie in "VP8 " or "VP8L"."""
-    start = 12  # of the first chunk, after "RIFF", the file's size and "WEBP"
+    """Yields the names of a WebP file's chunks.
+
+    Pixels are in chunks named "VP8 " (lossy) or "VP8L" (lossless).
+    """
+    start = 12  # start of the first chunk, after "RIFF", the file's size and "WEBP"
     while start + 8 <= len(data):
         name = data[start : start + 4]
         yield name

@@ -1,9 +1,9 @@
-"""Pixels of decoded images: upright, and 8-bit RGB however deep they were stored.
+"""Pixels of decoded images: upright, and converted to 8-bit RGB.
 
-Every way in goes by these rules: training, predictions, `Detector`; masks are turned,
-too. A file with an EXIF orientation is turned as viewers show it. Of values with more
-than 8 bits, the white level becomes 255: `config.dataset.white_level`, or 65535 where
-that is not given.
+Training, predictions and `Detector` all follow these rules. Masks are turned upright,
+too. A file with an EXIF orientation is turned as image viewers show it. Of values with
+more than 8 bits, the white level becomes 255. The white level is
+`config.dataset.white_level`, or 65535 if that is not given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Pixels = Shaped[np.ndarray, "h w *c"]
 
 WHITE_16_BIT = 65535
-LEVELS = (1, 255, 1023, 4095, WHITE_16_BIT)  # that are white in what cameras write
+LEVELS = (1, 255, 1023, 4095, WHITE_16_BIT)  # common white levels of cameras
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,31 +34,32 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# How Pillow names the bytes of 16-bit colour, of which it keeps the high ones.
+# Pillow's raw modes of 16-bit colour, of which it keeps the high bytes only.
 PLANES, RAW_PLANES = "one plane a channel", "one plane a channel, not compressed"
 _DEEP_COLOUR = re.compile(r"(RGB|RGBA|RGBX|RGBa|CMYK|LA);16[BLN]")
 
 
 def orientation(image: Image.Image) -> int:
-    """Returns how a loaded image has to be turned, as EXIF numbers it; 1 is upright.
+    """Returns the EXIF orientation of a loaded image; 1 means upright.
 
-    Pillow turns TIFF itself when it loads one, and says 1 then.
+    Pillow turns TIFF images itself when it loads them, and then reports 1. Damaged or
+    unknown orientations count as 1.
     """
     try:
         found = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data raise anything; viewers ignore them
+    except Exception:  # damaged EXIF data raise any error; viewers ignore them
         return 1
     return found if found in _TURNS else 1
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Returns an image as viewers show it.
+    """Returns an image turned as viewers show it.
 
-    `PIL.ImageOps.exif_transpose` does the same, but writes the EXIF data anew, which
-    fails where they are damaged.
+    `PIL.ImageOps.exif_transpose` does the same, but also rewrites the EXIF data, which
+    fails if they are damaged.
     """
     name = getattr(image, "filename", "")
-    image.filename = ""  # or Pillow maps TIFF into memory, and garbles what it turns
+    image.filename = ""  # else Pillow memory-maps TIFF and corrupts turned images
     image.load()
     image.filename = name
     turn = _TURNS.get(orientation(image))
@@ -66,19 +67,20 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def decode(image: Image.Image, *, exact: bool, where: str) -> Pixels:
-    """Returns an image's values, upright, without transparency, as deep as stored.
+    """Returns an image's values at their stored depth, upright and without alpha.
 
     Args:
-        image: a file that Pillow has opened, or any other image. Of a file with 16-bit
-            colour that was loaded before, Pillow has kept the high bytes alone.
-        exact: refuses 16-bit colours of which Pillow can give the high bytes alone.
-        where: the file, or what stands for it, for messages.
+        image: image file opened by Pillow, or any other Pillow image. If a file with
+            16-bit colour is already loaded, only its high bytes are left.
+        exact: True to refuse 16-bit colours of which Pillow can read only the high
+            bytes.
+        where: path or description of the file, used in error messages.
 
     Returns:
         uint8 or uint16 [h, w, 3], or uint16, int32 or float32 [h, w].
 
     Raises:
-        UserError: see `exact`; or colours that Pillow misreads.
+        UserError: the file has colours that `exact` refuses, or that Pillow misreads.
     """
     kind = _find_deep_colour(image)
     if kind == RAW_PLANES or (exact and kind in (PLANES, "RGBa", "CMYK")):
@@ -92,7 +94,7 @@ def decode(image: Image.Image, *, exact: bool, where: str) -> Pixels:
     shown = upright(image)
     if shown.mode.startswith("I;16"):
         return np.asarray(shown).astype(np.uint16)
-    if (image.format, shown.mode) == ("PPM", "I"):  # its header says what is white
+    if (image.format, shown.mode) == ("PPM", "I"):  # its header gives the white level
         grey = _scale(np.asarray(shown), WHITE_16_BIT)
         return np.repeat(grey[..., None], 3, axis=2)
     if shown.mode in ("I", "F"):
@@ -115,9 +117,9 @@ def _find_deep_colour(image: Image.Image) -> str:
 
 
 def _read_low_bytes(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns what Pillow cuts off from 16-bit colours.
+    """Returns the low bytes of 16-bit colours, which Pillow discards.
 
-    The file is decoded another time, its bytes taken in the other order.
+    The file is decoded a second time, in the opposite byte order.
     """
     is_grey = _find_deep_colour(image) == "LA"
     image.fp.seek(0)
@@ -133,9 +135,9 @@ def _raw_mode(args: Any) -> str:
 
 
 def _swap(args: Any) -> Any:
-    """Returns a decoder's arguments with the raw mode of the other byte order."""
+    """Returns a decoder's arguments with the raw mode of the opposite byte order."""
     mode = _raw_mode(args)
-    if mode.startswith("LA"):  # has no other: as four bytes a pixel
+    if mode.startswith("LA"):  # has no opposite order; read as four bytes per pixel
         return "RGBA"
     order = mode[-1]
     if order == "N":
@@ -147,20 +149,24 @@ def _swap(args: Any) -> Any:
 def to_rgb(
     pixels: Pixels, white_level: float = 0.0, *, where: str
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Makes 8-bit RGB of an image's values.
+    """Converts an image's values to 8-bit RGB.
 
-    8-bit values stay as they are; of others, `white_level` becomes 255, and what is
-    above it, too. Grey is repeated, a fourth channel dropped.
+    8-bit values are kept. Other values are scaled such that `white_level` becomes 255,
+    and larger values are clipped. Grey is repeated, and a fourth channel is dropped.
 
     Args:
-        pixels: as `decode` gives them; or [h, w, 1] or [h, w, 4], or of other types.
-        white_level: the value that means white; 0 is 65535 of 16-bit values. 16-bit
-            colours without one are cut to 8 bits, as Pillow and many others do.
-        where: the file, or what stands for it, for messages.
+        pixels: values returned by `decode`; also [h, w, 1], [h, w, 4] and other types.
+        white_level: value that means white; 0 means 65535 for 16-bit grey. 16-bit
+            colours without a white level are cut to their high 8 bits, as in Pillow and
+            many other programs.
+        where: path or description of the file, used in error messages.
+
+    Returns:
+        RGB image, uint8 [h, w, 3].
 
     Raises:
-        UserError: floating-point numbers, or integers of more than 16 bits, without a
-            white level; numbers that are not finite.
+        UserError: floating-point numbers, or integers of more than 16 bits, have no
+            white level, or numbers are not finite.
     """
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -199,5 +205,5 @@ def _check_level(pixels: Pixels, white_level: float, where: str) -> None:
 
 
 def guess_level(brightest: float) -> float:
-    """Returns the white level that values up to `brightest` most likely have."""
+    """Returns the most likely white level of values up to `brightest`."""
     return next((level for level in LEVELS if level >= brightest), brightest)

@@ -1,7 +1,7 @@
-"""Records as TFDS data sets, stored as ArrayRecord; TensorFlow is not needed.
+"""TFDS data sets of records, stored as ArrayRecord; TensorFlow is not needed.
 
 `import ulsad_jax.data` registers one TFDS data set for each layout. A configuration is
-a category, published or not, and `root` is where the source files lie:
+a category, published or not, and `root` is the folder of the source files:
 
     tfds.data_source(
         "mvtec_loco/screw_bag",
@@ -10,8 +10,8 @@ a category, published or not, and `root` is where the source files lie:
         builder_kwargs={"root": "data/mvtec_loco_anomaly_detection"},
     )
 
-Example i of a split is record i of that split. What is built lies in a folder of its
-own for each root and white level, under `data_dir`.
+Example i of a split is record i of that split. Built data are kept under `data_dir`, in
+a separate folder for each root and white level.
 """
 
 from __future__ import annotations
@@ -20,68 +20,49 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from ulsad_jax.data import pixels
-from ulsad_jax.data.layouts import (
-    btad,
-    find_categories,
-    find_records,
-    magnetic_tile,
-    mvtec_ad,
-    mvtec_loco,
-    visa,
-)
-from ulsad_jax.data.records import (
-    NORMAL,
-    SPLITS,
-    Record,
-    fingerprint,
-    open_image,
-    read_file,
-    read_mask,
-)
+from ulsad_jax.data import layouts
+from ulsad_jax.data.examples import to_example
+from ulsad_jax.data.layouts import find_categories, find_records
+from ulsad_jax.data.records import SPLITS, Record, fingerprint
 from ulsad_jax.data.survey import Survey
 from ulsad_jax.runtime import files
 from ulsad_jax.runtime.errors import UserError, storage_errors
 from ulsad_jax.runtime.progress import progress
 
-if TYPE_CHECKING:
-    from jaxtyping import Shaped
-
 LABELS = ("normal", "anomalous")
 FINGERPRINT_FILE, SURVEY_FILE = "fingerprint.txt", "survey.json"
-EMPTY_MASK = "have a mask without any defective pixel and are left out of pixel metrics"
-FULL_MASK = "have a mask that covers the whole image: is its background white?"
-INCOMPLETE = "incomplete."  # how TFDS begins the names of folders being written
+INCOMPLETE = "incomplete."  # TFDS's prefix of folders being written
 # TFDS holds a shard's encoded images in memory while it writes the shard.
 SHARD = 64
 
 
 class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Builds one category from its records.
+    """A TFDS builder of one category.
 
-    Not a `GeneratorBasedBuilder`: that one sorts through temporary files above 1 GB,
-    and for these it needs TensorFlow.
+    It is not a `GeneratorBasedBuilder`, which sorts data above 1 GB in temporary files
+    and needs TensorFlow for that.
 
     Attributes:
-        root: where the source files lie.
-        category: the category, also the name of the configuration.
-        records: the category's records, in the order of their splits.
-        white_level: the value that means white in files of more than 8 bits a channel.
-        fingerprint: changes whenever a source file or the white level does.
+        root: folder of the source files; for "table", a CSV file.
+        category: name of the category and of the configuration.
+        records: records of the category, in the order of their splits.
+        white_level: value that means white in files with more than 8 bits per channel;
+            0 if it is not given.
+        fingerprint: string that changes when a source file or the white level changes.
     """
 
+    LAYOUT: ClassVar[str]  # a built-in layout, or "module:attribute"
     VERSION = tfds.core.Version("2.0.0")
 
     def __init__(
@@ -94,20 +75,22 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         file_format: str | tfds.core.FileFormat = tfds.core.FileFormat.ARRAY_RECORD,
         version: str | None = None,
     ):
-        """Finds the records; reads no image.
+        """Finds the records without reading any image.
 
         Args:
-            root: the folder that the data set was unpacked to; for "table", a CSV
-                file.
-            white_level: the value that means white in files of more than 8 bits a
-                channel; 0 where that is not given.
-            config: the category; may be left out if `root` holds only one.
-            data_dir: where to keep what is built, by default TFDS's own folder.
-            file_format: what TFDS passes.
-            version: what TFDS passes.
+            root: folder to which the data set was unpacked; for "table", a CSV file.
+            white_level: value that means white in files with more than 8 bits per
+                channel; 0 if it is not given.
+            config: name or configuration of the category; may be omitted if `root`
+                holds only one.
+            data_dir: folder in which the built data are kept; TFDS's own folder by
+                default.
+            file_format: file format, passed by TFDS.
+            version: version of the data set, passed by TFDS.
 
         Raises:
-            UserError: no root, no such category, or source files that do not fit.
+            UserError: `root` is not given, the category does not exist, or source files
+                do not fit.
         """
         if root is None:
             raise UserError(
@@ -118,7 +101,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         if config is None:
             config = self._only_category()
         self.category = config if isinstance(config, str) else config.name
-        self.records = find_records(self.name, self.root, self.category)
+        self.records = find_records(self.LAYOUT, self.root, self.category)
         self.white_level = white_level
         level = f" white {float(white_level)}" if white_level else ""
         self.fingerprint = fingerprint(self.records) + level
@@ -131,7 +114,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             file_format=file_format,
             version=version,
         )
-        # What a copy in another process is made from.
+        # Arguments that make a copy of the builder in another process.
         self._original_state = {
             "root": self.root,
             "white_level": white_level,
@@ -140,8 +123,15 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             "version": version,
         }
 
+    def __reduce__(self) -> tuple[Callable, tuple[str, dict[str, Any]]]:
+        """Returns a function and arguments that make this builder in another process.
+
+        The builder's class is created at run time and cannot be imported from a module.
+        """
+        return _rebuild, (self.LAYOUT, self._original_state)
+
     def is_prepared(self) -> bool:
-        """Whether the present source files were built, whole."""
+        """Returns whether the category is completely built from the current files."""
         try:
             built_from = Path(self.data_dir, FINGERPRINT_FILE).read_text()
         except FileNotFoundError:
@@ -149,17 +139,17 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         return built_from == self.fingerprint
 
     def download_and_prepare(self, **kwargs: Any) -> None:
-        """Builds the category unless it is there, from the present source files.
+        """Builds the category from the current source files, if it is not built.
 
-        Downloads nothing. What was built from other source files is deleted. A
-        process waits for another one that builds the same.
+        Downloads nothing. Data built from other source files are deleted. If another
+        process builds the same category, this one waits for it.
 
         Args:
-            **kwargs: as TFDS. There is no need for a `download_mode`: what is there
-                is what would be built.
+            **kwargs: arguments of the TFDS method. A `download_mode` is not needed:
+                existing data always equal what would be built.
 
         Raises:
-            UserError: a source file cannot be read; nothing is kept then.
+            UserError: a source file cannot be read. No data are kept then.
         """
         if not self.is_prepared():
             folder = Path(self.data_dir).parent
@@ -172,14 +162,14 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self.info.read_from_directory(self.data_dir)
 
     def read_survey(self) -> Survey:
-        """Returns what was noticed of the files when the category was built."""
+        """Returns the survey of the files, taken when the category was built."""
         return Survey.from_json(Path(self.data_dir, SURVEY_FILE).read_text())
 
     def as_data_source(self, *args: Any, **kwargs: Any) -> Any:
-        """As TFDS.
+        """Returns the data source that the TFDS method returns.
 
         Raises:
-            UserError: the category was not built from the present source files.
+            UserError: the category was not built from the current source files.
         """
         if not self.is_prepared():
             raise UserError(
@@ -194,7 +184,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         return f"{self.name}/{self.category}"
 
     def _only_category(self) -> str:
-        found = find_categories(self.name, self.root)
+        found = find_categories(self.LAYOUT, self.root)
         if len(found) > 1:
             raise UserError(
                 f"Expected the name of a category, found only {self.name!r}. Use one "
@@ -205,7 +195,10 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _create_builder_config(
         self, builder_config: Any, version: Any
     ) -> tfds.core.BuilderConfig:
-        """Any category will do: TFDS would refuse or warn about unpublished ones."""
+        """Returns a configuration for any category.
+
+        TFDS itself would refuse unpublished categories, or warn about them.
+        """
         del builder_config, version
         return self.builder_configs.get(self.category) or tfds.core.BuilderConfig(
             name=self.category
@@ -269,199 +262,67 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self._survey = Survey()
         with self._progress:
             super()._download_and_prepare(*args, **kwargs)
-        # TFDS still writes to a temporary folder; its renaming makes all this valid.
+        # TFDS renames this temporary folder at the end, which makes all files valid.
         Path(self.data_dir, SURVEY_FILE).write_text(self._survey.to_json())
         Path(self.data_dir, FINGERPRINT_FILE).write_text(self.fingerprint)
 
     def _discard(self) -> None:
-        """Deletes what was built from other files, or was never finished."""
+        """Deletes data that were built from other files or never finished."""
         data = Path(self.data_dir)
         if data.exists():
             _say(f"{self._label}: its source files changed, so it is built again")
-            # In one step, so that a deletion that is interrupted leaves nothing valid.
+            # Renamed first, so that an interrupted deletion leaves no valid data.
             data.rename(data.with_name(f"{INCOMPLETE}{os.getpid()}"))
         for folder in data.parent.glob(f"{INCOMPLETE}*"):
             shutil.rmtree(folder)
 
     def _log_download_bytes(self) -> None:
-        """Nothing is downloaded, so TFDS need not say so."""
+        """Logs nothing, because nothing is downloaded."""
 
     def _log_download_done(self) -> None:
-        """The progress bar said it."""
+        """Logs nothing, because the progress bar shows the end."""
 
 
-def _configs(categories: Sequence[str]) -> list[tfds.core.BuilderConfig]:
-    return [tfds.core.BuilderConfig(name=category) for category in categories]
-
-
-class MvtecAd(RecordsBuilder):
-    """MVTec AD."""
-
-    BUILDER_CONFIGS = _configs(mvtec_ad.CATEGORIES)
-
-
-class MvtecLoco(RecordsBuilder):
-    """MVTec LOCO AD."""
-
-    BUILDER_CONFIGS = _configs(mvtec_loco.CATEGORIES)
-
-
-class Btad(RecordsBuilder):
-    """BTAD."""
-
-    BUILDER_CONFIGS = _configs(btad.CATEGORIES)
-
-
-class Mpdd(RecordsBuilder):
-    """MPDD."""
-
-    BUILDER_CONFIGS = _configs(mvtec_ad.MPDD_CATEGORIES)
-
-
-class Visa(RecordsBuilder):
-    """VisA."""
-
-    BUILDER_CONFIGS = _configs(visa.CATEGORIES)
-
-
-class MagneticTile(RecordsBuilder):
-    """Magnetic tile defects."""
-
-    BUILDER_CONFIGS = _configs(magnetic_tile.CATEGORIES)
-
-
-class Folder(RecordsBuilder):
-    """A user's own images in a folder."""
-
-
-class Table(RecordsBuilder):
-    """A user's own images, listed in a CSV file."""
-
-
-class Synthetic(RecordsBuilder):
-    """Categories written by `ulsad_jax.data.synthetic.categories`."""
-
-
-BUILDERS: dict[str, type[RecordsBuilder]] = {
-    cls.name: cls
-    for cls in (
-        MvtecAd,
-        MvtecLoco,
-        Btad,
-        Mpdd,
-        Visa,
-        MagneticTile,
-        Folder,
-        Table,
-        Synthetic,
-    )
-}
-
-
+@functools.cache
 def find_builder(name: str) -> type[RecordsBuilder]:
-    """The builder of data set `name`.
+    """Returns the TFDS builder of a layout.
 
-    Raises:
-        UserError: there is no such data set.
-    """
-    if name not in BUILDERS:
-        raise UserError(
-            f"Expected a data set among {', '.join(BUILDERS)}, found {name!r}. Correct "
-            "the name, or use 'folder' or 'table' for your own images."
-        )
-    return BUILDERS[name]
-
-
-def to_example(
-    record: Record, survey: Survey, white_level: float = 0.0
-) -> dict[str, Any]:
-    """Reads a record's files, each once, and encodes them.
+    The builders of built-in layouts are registered with TFDS.
 
     Args:
-        record: the image and its masks on disk.
-        survey: gets the digest of the files, and what is peculiar about them.
-        white_level: see `pixels.to_rgb`.
-
-    Returns:
-        The features of `RecordsBuilder`, images as encoded bytes. `has_mask` tells
-        whether it is known which pixels are defective; of a normal image none is. An
-        anomalous image has defects, so that an empty mask does not tell.
+        name: name of a built-in layout, or "module:attribute".
 
     Raises:
-        UserError: a file cannot be read, or a mask does not fit.
+        UserError: there is no such layout.
     """
-    data = read_file(record.image)
-    where = str(record.image)
-    with open_image(record.image, data) as opened:
-        values = pixels.decode(opened, exact=bool(white_level), where=where)
-        is_plain = _is_plain(opened, data)
-    image = pixels.to_rgb(values, white_level, where=where)
-    if values.dtype != np.uint8:
-        survey.notice_depth(record.image, float(values.max()), white_level)
-    masks, contents = _read_masks(record, image.shape[:2], survey)
-    survey.add(f"{record.split}/{record.name}", [data, *contents])
-    return {
-        "image": data if is_plain else _encode(image),
-        "label": record.label,
-        "type": record.type,
-        "name": record.name,
-        "group": record.group,
-        "has_mask": record.label == NORMAL or bool(masks),
-        "masks": masks,
-    }
+    layout = layouts.find(name)
+    configs = [tfds.core.BuilderConfig(name=c) for c in layout.published]
+    words = re.split(r"\W|_", name)
+    return type(RecordsBuilder)(
+        "".join(word.capitalize() for word in words),  # TFDS derives the name from it
+        (RecordsBuilder,),
+        {
+            "__doc__": f"{layout.title}.",
+            "__module__": __name__,
+            "LAYOUT": name,
+            "BUILDER_CONFIGS": configs,
+        },
+        skip_registration=name not in layouts.known_layouts(),
+    )
 
 
-def _read_masks(
-    record: Record, size: tuple[int, int], survey: Survey
-) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """Reads a record's masks, and notices those that cannot be right.
-
-    Returns:
-        The features of each mask, none if no pixel of any is defective, and what
-        their files contain.
-    """
-    masks, contents = [], []
-    defective = np.zeros(size, bool)
-    for mask in record.masks:
-        contents.append(read_file(mask.path))
-        values, saturation = read_mask(mask, contents[-1], size=size)
-        defective |= values
-        masks.append(
-            {
-                "mask": _encode(values * np.uint8(255)),
-                "defect_name": saturation.defect_name,
-                "saturation_threshold": saturation.threshold,
-                "relative_saturation": saturation.relative,
-            }
-        )
-    if defective.all():
-        survey.notice(FULL_MASK, record.image)
-    if masks and not defective.any():
-        survey.notice(EMPTY_MASK, record.image)
-        masks = []
-    return masks, contents
+def _rebuild(name: str, fields: dict[str, Any]) -> RecordsBuilder:
+    """Makes a copy of a builder in another process."""
+    return find_builder(name)(**fields)
 
 
-def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """Tells whether any decoder makes upright 8-bit RGB of an image's bytes."""
-    if pixels.orientation(image) != 1:
-        return False
-    if image.format == "PNG":
-        # Depth and colour type in the header: PIL opens 16-bit RGB as 8-bit.
-        return data[24:26] == bytes((8, 2))
-    return image.format == "JPEG" and image.mode == "RGB"
-
-
-def _encode(pixels: Shaped[np.ndarray, "h w *c"]) -> bytes:
-    buffer = io.BytesIO()
-    # A little larger than by default and several times faster.
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+for _name in layouts.known_layouts():
+    find_builder(_name)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock between processes, which dies with the process."""
+    """Holds a lock between processes, which is released when the process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

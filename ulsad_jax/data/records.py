@@ -1,9 +1,9 @@
-"""What a data set is before it is read: one record an image.
+"""Records, one for each image of a data set before it is read.
 
-A layout module (`mvtec_ad`, `mvtec_loco`, ...) turns a folder into records with
-`categories(root)` and `records(root, category)`, and says with `places(root,
-category)` where it looked. It looks at names and small text files only; images and
-masks are opened by `read_image` and `read_mask` when the data set is built.
+A layout module (`mvtec_ad`, `mvtec_loco`, ...) lists the records of a folder with
+`categories(root)` and `records(root, category)`, and the folders that it searches with
+`places(root, category)`. It reads names and small text files only. Images and masks are
+opened by `open_image` and `read_mask` when the data set is built.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ if TYPE_CHECKING:
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 NORMAL, ANOMALOUS = 0, 1
 GOOD = "good"  # the type of every normal image, whatever its folder is called
-ANOMALY = "anomaly"  # the type where a data set does not say which kind it is
+ANOMALY = "anomaly"  # the type if a data set does not give the kind
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
 class Saturation:
-    """How much of a defect must be found for full credit (MVTec LOCO's sPRO).
+    """The part of a defect that must be found for full credit (MVTec LOCO's sPRO).
 
     Attributes:
-        defect_name: the kind of defect, as the data set names it.
-        threshold: pixels at original resolution, or a share of the region's area.
-        relative: whether `threshold` is a share.
+        defect_name: kind of defect, named as in the data set.
+        threshold: area in pixels at the original resolution, or fraction of the
+            region's area.
+        relative: True if `threshold` is a fraction.
     """
 
     defect_name: str = ""
@@ -52,16 +53,16 @@ class Saturation:
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """One ground-truth channel on disk.
+    """A ground-truth channel on disk.
 
     Attributes:
-        path: the mask's file.
-        above: the largest value that still means normal; 0 leaves it to the file:
-            what is not 0 is defective, or after lossy compression what is above half
-            of the largest value.
-        saturations: for MVTec LOCO, the rule that belongs to each pixel value; the
-            file holds 0 and exactly one of them. Empty elsewhere: the whole region
-            must be found.
+        path: path of the mask's file.
+        above: largest value that still means normal. If 0, it depends on the file:
+            pixels that are not 0 are defective, or, after lossy compression, pixels
+            above half of the largest value.
+        saturations: saturation rule of each pixel value, for MVTec LOCO. The file holds
+            0 and exactly one of these values. Empty for other data sets: the whole
+            region must be found.
     """
 
     path: Path
@@ -74,15 +75,15 @@ class Record:
     """One image of a category.
 
     Attributes:
-        image: the image's file.
+        image: path of the image's file.
         split: "train", "validation" or "test".
-        type: `GOOD`, or the kind of anomaly (its folder's name).
+        type: `GOOD`, or the kind of anomaly (the name of its folder).
         masks: ground-truth channels; empty for a normal image, and for an anomalous
-            one whose mask is not known.
-        group: images of one object share it, and no split parts a group. Empty: the
-            image is an object of its own.
-        alias: what it is called where other images have its file's stem, see
-            `tell_apart`; may hold "/". Empty: it is called by the stem.
+            image whose mask is not known.
+        group: name shared by all images of one object; a group is never divided between
+            splits. If empty, the image is an object of its own.
+        alias: name of the image if other images have the same file stem, see
+            `tell_apart`; may contain "/". If empty, the file stem is the name.
     """
 
     image: Path
@@ -94,30 +95,34 @@ class Record:
 
     @property
     def label(self) -> int:
-        """`NORMAL` or `ANOMALOUS`."""
+        """Label of the image, `NORMAL` or `ANOMALOUS`."""
         return NORMAL if self.type == GOOD else ANOMALOUS
 
     @property
     def stem(self) -> str:
-        """Unique within a split's type: the file's stem, or `alias`."""
+        """Stem of the file, or `alias`; unique within a split's type."""
         return self.alias or self.image.stem
 
     @property
     def name(self) -> str:
-        """Unique within a split: "<type>/<stem>"."""
+        """Name "<type>/<stem>", unique within a split."""
         return f"{self.type}/{self.stem}"
 
 
 def check(records: Sequence[Record], where: Path) -> list[Record]:
-    """Refuses records that clash, or none.
+    """Returns the records in a fixed order after checking them for conflicts.
+
+    Args:
+        records: records of a category.
+        where: folder or table of the data set, used in error messages.
 
     Returns:
-        The records, told apart, in a fixed order: by split, normal before anomalous,
-        by name.
+        The records with unique names, sorted by split, then normal before anomalous,
+        then by name.
 
     Raises:
-        UserError: no image; an anomalous image to be trained on; one image twice
-            in a split; a name that is not UTF-8.
+        UserError: there is no image; an anomalous image is not in the test split; a
+            split contains an image twice; a name is not UTF-8.
     """
     if not records:
         raise no_images("images", where)
@@ -141,10 +146,11 @@ def check(records: Sequence[Record], where: Path) -> list[Record]:
 
 
 def tell_apart(records: Iterable[Record]) -> list[Record]:
-    """Gives images that would have one name in a split names by their paths.
+    """Gives images that share a name within a split unique names from their paths.
 
-    The paths begin where they part, "day1/000" and "day2/000"; files of one folder
-    keep their endings, "000.jpg" and "000.png". Other images keep their names.
+    These names start where the paths differ, such as "day1/000" and "day2/000". Files
+    in one folder keep their extensions, such as "000.jpg" and "000.png". Other images
+    keep their names.
     """
     records = list(records)
     twins = defaultdict(list)
@@ -163,16 +169,16 @@ def tell_apart(records: Iterable[Record]) -> list[Record]:
 
 
 def no_images(what: str, where: Path) -> UserError:
-    """Returns the error of a data set in which some kind of images is missing.
+    """Returns the error for a data set that lacks some kind of images.
 
     Args:
-        what: the kind, such as "normal training images".
-        where: the data set's folder or table.
+        what: kind of images, such as "normal training images".
+        where: folder or table of the data set.
     """
     return UserError(
         f"Expected {what} under {where}, found none. Check the folder's layout "
-        "(README, section Real data) and that the archive was unpacked whole. Image "
-        f"files end in {', '.join(IMAGE_SUFFIXES)}."
+        "(docs/data.md) and that the archive was unpacked whole. Image files end in "
+        f"{', '.join(IMAGE_SUFFIXES)}."
     )
 
 
@@ -187,10 +193,10 @@ def _check_name(path: Path) -> None:
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """A hash that changes when a source file is added, removed or rewritten.
+    """Returns a hash that changes when a source file is added, removed or rewritten.
 
-    It covers what the records say and each file's size and modification time, so
-    that it costs no reading of images.
+    The hash covers the records and each file's size and modification time, so no image
+    is read.
 
     Raises:
         UserError: a file of a record does not exist.
@@ -213,13 +219,18 @@ def fingerprint(records: Iterable[Record]) -> str:
 def hold_out(
     records: Sequence[Record], *, fraction: float, seed: int
 ) -> tuple[list[Record], list[Record]]:
-    """Parts `records` into (kept, held out), never parting a group.
+    """Splits records into (kept, held out) without dividing a group.
 
-    Groups are shuffled by `seed` and held out until `fraction` of the images, and at
-    least one image, is reached.
+    Groups are shuffled and held out until `fraction` of the images, and at least one
+    image, is reached.
+
+    Args:
+        records: records to split.
+        fraction: fraction of the images to hold out.
+        seed: seed of the shuffling.
 
     Raises:
-        UserError: nothing would be left on one of the two sides.
+        UserError: there are fewer than two groups, so one of the parts would be empty.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -245,10 +256,10 @@ def hold_out(
 
 
 def read_file(path: Path) -> bytes:
-    """Reads a file whole.
+    """Reads the whole content of a file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return path.read_bytes()
@@ -259,18 +270,21 @@ def read_file(path: Path) -> bytes:
 def read_image(
     path: str | os.PathLike[str], data: bytes | None = None, *, white_level: float = 0.0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image file as 8-bit RGB, upright, see `pixels.to_rgb`.
+    """Reads an image file as upright 8-bit RGB; see `pixels.to_rgb`.
 
     Args:
-        path: the file.
-        data: its content, where that was read already.
-        white_level: the value that means white in files of more than 8 bits a channel;
-            0 where that is not given.
+        path: path of the file.
+        data: content of the file, if it was already read.
+        white_level: value that means white in files with more than 8 bits per channel;
+            0 if it is not given.
+
+    Returns:
+        RGB image, uint8 [h, w, 3].
 
     Raises:
-        UserError: the file is truncated, is no image, has more pixels than Pillow
-            takes (178 956 970, against files that are small and unpack to fill the
-            memory), cannot be opened, or needs a white level.
+        UserError: the file is truncated, is not an image, has more pixels than Pillow
+            accepts (178 956 970, a limit against small files that fill the memory when
+            unpacked), cannot be opened, or needs a white level.
     """
     with open_image(path, data) as image:
         values = pixels.decode(image, exact=bool(white_level), where=os.fspath(path))
@@ -280,17 +294,20 @@ def read_image(
 def read_mask(
     mask: Mask, data: bytes | None = None, *, size: tuple[int, int]
 ) -> tuple[Bool[np.ndarray, "h w"], Saturation]:
-    """Reads a ground-truth channel and the saturation rule that belongs to it.
+    """Reads a ground-truth channel and its saturation rule.
 
     Args:
-        mask: the mask.
-        data: the content of its file, where that was read already.
-        size: (height, width) of its image.
+        mask: mask to read.
+        data: content of the mask's file, if it was already read.
+        size: (height, width) of the image in pixels.
+
+    Returns:
+        The mask, bool [h, w], True for defective pixels, and its saturation rule.
 
     Raises:
-        UserError: an unreadable file; colours in which black is not 0; another size
-            than the image's; for MVTec LOCO, not exactly one non-zero value or one
-            that `defects_config.json` lacks.
+        UserError: the file is unreadable; it has colours in which black is not 0; its
+            size differs from the image's; for MVTec LOCO, it does not hold exactly one
+            non-zero value, or `defects_config.json` lacks that value.
     """
     data = read_file(mask.path) if data is None else data
     values = _mask_values(mask.path, data)
@@ -302,7 +319,7 @@ def read_mask(
         )
     if not mask.saturations:
         above = mask.above or lossy.highest_normal(values, data)
-        # Numbers below 0 are not 0; Pillow reads large unsigned ones so, too.
+        # Negative values are defective, too: Pillow reads large unsigned ones so.
         return np.abs(values) > above, Saturation()
     found = [int(v) for v in np.unique(values) if v != 0]
     if len(found) != 1 or found[0] not in mask.saturations:
@@ -315,21 +332,21 @@ def read_mask(
 
 
 def _mask_values(path: Path, data: bytes) -> Shaped[np.ndarray, "h w"]:
-    """Reads one value a pixel: colours on black, their largest channel."""
+    """Reads one value per pixel: the largest channel of colours on black."""
     image = _open(path, data)
     if image.mode in ("CMYK", "LAB"):
         raise UserError(
             f"Expected the mask {path} in grey, RGB, RGBA or palette colours, found "
             f"{image.mode}, in which black is not 0. Save it as a PNG file."
         )
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which RGBA would cut
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which RGBA would cut off
         return np.asarray(image)
     rgba = np.asarray(image.convert("RGBA"))
     return rgba[..., :3].max(axis=-1) * (rgba[..., 3] / np.float32(255))
 
 
 def _open(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Image:
-    """Opens and decodes an image file whole, upright."""
+    """Opens an image file and returns it completely decoded and upright."""
     with open_image(path, data) as image:
         return pixels.upright(image)
 
@@ -338,14 +355,14 @@ def _open(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Imag
 def open_image(
     path: str | os.PathLike[str], data: bytes | None = None
 ) -> Iterator[Image.Image]:
-    """Opens an image file; what goes wrong inside is an error that names it.
+    """Opens an image file, and turns errors while it is read into a `UserError`.
 
     Args:
-        path: the file.
-        data: its content, where that was read already.
+        path: path of the file, named in the error.
+        data: content of the file, if it was already read.
 
     Raises:
-        UserError: see `read_image`.
+        UserError: the file cannot be read; see `read_image`.
     """
     try:
         with (

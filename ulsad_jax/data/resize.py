@@ -1,7 +1,7 @@
-"""Resizing of images and masks, the way OpenCV does it by default.
+"""Resizing of images and masks, as OpenCV does by default.
 
-Sampling points are half-pixel centres, nothing is smoothed beforehand, the aspect
-ratio is not kept.
+Sampling points are half-pixel centres, there is no smoothing before sampling, and the
+aspect ratio is not kept.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 def resize_bilinear(
     image: UInt8[np.ndarray, "h w c"], size: tuple[int, int]
 ) -> UInt8[np.ndarray, "H W c"]:
-    """Bilinear sampling without antialiasing (OpenCV's INTER_LINEAR).
+    """Resizes an image bilinearly without antialiasing (OpenCV's INTER_LINEAR).
 
     Args:
-        image: the image.
+        image: image, uint8 [h, w, c].
         size: (height, width) of the result in pixels.
 
     Returns:
-        The resized image, rounded to the nearest grey level.
+        The resized image, uint8 [H, W, c], rounded to the nearest grey level.
     """
     if image.shape[:2] == tuple(size):
         return image
@@ -47,10 +47,10 @@ def resize_bilinear(
 def resize_map(
     anomaly_map: Float[np.ndarray, "h w"], size: tuple[int, int]
 ) -> Float[np.ndarray, "H W"]:
-    """Bilinear sampling without antialiasing of a map, in float32.
+    """Resizes a map bilinearly without antialiasing, in float32.
 
     Args:
-        anomaly_map: the map.
+        anomaly_map: map, float [h, w].
         size: (height, width) of the result in pixels.
     """
     if anomaly_map.shape == tuple(size):
@@ -64,10 +64,12 @@ def resize_map(
 def resize_nearest(
     mask: Shaped[np.ndarray, "h w"], size: tuple[int, int]
 ) -> Shaped[np.ndarray, "H W"]:
-    """Takes the pixel that holds each sampling point, floor((i + 0.5) * scale).
+    """Resizes a mask by nearest-neighbour sampling.
+
+    Output position i takes the input pixel floor((i + 0.5) * scale).
 
     Args:
-        mask: the mask.
+        mask: mask, [h, w].
         size: (height, width) of the result in pixels.
     """
     # In integers: (i + 0.5) * n / out is often a whole number, and floats miss it.
@@ -81,7 +83,7 @@ def resize_nearest(
 def _neighbours(
     n: int, out: int
 ) -> tuple[Int[np.ndarray, " out"], Int[np.ndarray, " out"], Float[np.ndarray, " out"]]:
-    """The two pixels around each sampling point, and the second one's weight."""
+    """Returns the two pixels around each sampling point and the second one's weight."""
     position = np.clip((np.arange(out) + 0.5) * (n / out) - 0.5, 0, n - 1)
     first = position.astype(np.int64)
     return first, np.minimum(first + 1, n - 1), (position - first).astype(np.float32)

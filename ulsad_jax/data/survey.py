@@ -1,8 +1,7 @@
-"""What is noticed of a category's files while they are read.
+"""The survey of a category's files, taken while they are read.
 
-A survey is taken once, while the data set is prepared, and kept with it: what the
-files contain, by a digest, and what a person should know of them, in remarks that
-every run repeats.
+A survey is taken once, when the data set is prepared, and stored with it. It holds
+digests of the files' contents, and remarks for the user that every run repeats.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any
 
 from ulsad_jax.data.pixels import guess_level
 
-SHOWN = 3  # file names in a remark
-DARK = 4096  # 16-bit images all of whose values are below are noticed
+SHOWN = 3  # number of file names in a remark
+DARK = 4096  # 16-bit images with all values below this are reported
 
 
 @dataclasses.dataclass
@@ -25,10 +24,10 @@ class Survey:
     """Contents and peculiarities of the files read so far.
 
     Attributes:
-        digests: "<split>/<name>" of an image to the SHA-256 of its file and its masks.
-        noticed: a peculiarity to the files that have it.
-        brightest: a file of 16 bits a channel, read without a white level, to its
-            largest value.
+        digests: SHA-256 of an image's file and its masks, by "<split>/<name>".
+        noticed: paths of the files that have a peculiarity, by peculiarity.
+        brightest: largest value of each file with 16 bits per channel that was read
+            without a white level, by path.
     """
 
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -36,7 +35,7 @@ class Survey:
     brightest: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, image: str, contents: Iterable[bytes]) -> None:
-        """Records what the files of one image contain.
+        """Adds the digest of one image's files.
 
         Args:
             image: "<split>/<name>", unique within the category.
@@ -51,19 +50,19 @@ class Survey:
         """Records that a file has a peculiarity.
 
         Args:
-            peculiarity: a clause that follows "<n> files", the same text for all files
-                that have it, such as "have no pixel that is not 0".
-            path: the file.
+            peculiarity: clause that follows "<n> files", the same for all files that
+                have it, such as "have no pixel that is not 0".
+            path: path of the file.
         """
         self.noticed.setdefault(peculiarity, []).append(str(path))
 
     def notice_depth(self, path: Path, brightest: float, white_level: float) -> None:
-        """Records a file of more than 8 bits a channel.
+        """Records a file with more than 8 bits per channel.
 
         Args:
-            path: the file.
-            brightest: its largest value.
-            white_level: that it was read with; 0 is none.
+            path: path of the file.
+            brightest: largest value in the file.
+            white_level: white level with which the file was read; 0 if there is none.
         """
         if not white_level:
             self.brightest[str(path)] = brightest
@@ -79,12 +78,15 @@ class Survey:
 
     @property
     def remarks(self) -> list[str]:
-        """One sentence for each peculiarity, with the first files that have it."""
+        """Remarks, one sentence per peculiarity, with the first files that have it."""
         noticed = self.noticed | self._notice_dark()
         return [remark(text, paths) for text, paths in noticed.items()]
 
     def _notice_dark(self) -> dict[str, list[str]]:
-        """Notices 16-bit files of which none uses more than 12 bits: a camera's."""
+        """Returns a peculiarity of all 16-bit files if none uses more than 12 bits.
+
+        Such files usually come from a camera.
+        """
         brightest = max(self.brightest.values(), default=DARK)
         if brightest >= DARK:
             return {}
@@ -104,7 +106,7 @@ class Survey:
         """Returns the survey that `to_json` wrote.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: the text is not JSON.
         """
         document: dict[str, Any] = json.loads(text)
         return cls(**document)
@@ -117,11 +119,11 @@ def remark(peculiarity: str, paths: Sequence[str | Path]) -> str:
 
 
 def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """Returns how images differ from those of before; "" if they are the same.
+    """Describes how images differ from earlier ones; "" if they are the same.
 
     Args:
-        before: digests by "<split>/<name>".
-        after: the same of what is there now.
+        before: earlier digests, by "<split>/<name>".
+        after: current digests, by "<split>/<name>".
     """
     changes = {
         "added": sorted(after.keys() - before.keys()),
@@ -138,7 +140,7 @@ def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> str
 
 
 def digest(contents: Mapping[str, str]) -> str:
-    """Returns one SHA-256 for the digests of many images, whatever their order."""
+    """Returns one SHA-256 of the digests of many images, independent of their order."""
     return hashlib.sha256(json.dumps(sorted(contents.items())).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Files of a category that its records leave out: every run names them.
+"""Files of a category that its records leave out, which every run reports.
 
-A photograph in one folder too many, or a mask whose name matches none, would
-otherwise be missing without a word.
+Otherwise an image in a wrong folder, or a mask whose name matches no image, would be
+left out without notice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ulsad_jax.data.records import ANOMALOUS, IMAGE_SUFFIXES, TEST, TRAIN, Recor
 from ulsad_jax.data.survey import remark
 
 GROUND_TRUTH = "ground_truth"
-LIMIT = 10_000  # files named or counted: of a folder with millions, that says enough
-# What systems, archives and the layouts themselves put beside images.
+LIMIT = 10_000  # largest number of unused files that are counted
+# Files that systems, archives and the layouts themselves put beside images.
 _JUNK = re.compile(
     r"\..*|(eh)?thumbs\.db|desktop\.ini|icon\r|defects_config\.json"
     r"|generator\.json|(licen[cs]e|read_?me|copying)[^.]*(\.(txt|md|rst|pdf|html))?",
@@ -29,15 +29,15 @@ _JUNK = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where a layout looks for the files of a category.
+    """The places where a layout searches for the files of a category.
 
     Attributes:
-        root: what names of files are told from.
-        folders: those that hold files of this category and of no other.
-        images: a clause that says which images and masks are read.
-        masks: a mask's path without its ending, from `root`, as a format string of
-            `type` and `stem`. Empty: masks have no folder of their own.
-        known: files that are rightly left out.
+        root: folder to which reported file names are relative.
+        folders: folders that hold files of this category and of no other.
+        images: clause that says which images and masks are read.
+        masks: path of a mask without its extension, relative to `root`, as a format
+            string of `type` and `stem`. Empty if masks have no folder of their own.
+        known: files that are left out on purpose.
     """
 
     root: Path
@@ -50,12 +50,12 @@ class Places:
 def find_remarks(records: Sequence[Record], places: Places) -> list[str]:
     """Returns a sentence for each reason why files are not used.
 
-    Says, too, if several folders of training images were taken for normal ones. Reads
-    names alone.
+    Also reports if training images come from several folders, which are all taken as
+    normal. Only file names are read.
 
     Args:
-        records: all of the category's.
-        places: the category's.
+        records: all records of the category.
+        places: places where the category's files are searched.
     """
     used = _resolve(
         path for r in records for path in (r.image, *(mask.path for mask in r.masks))
@@ -76,7 +76,7 @@ def find_remarks(records: Sequence[Record], places: Places) -> list[str]:
 
 
 def _explain(name: Path, places: Places, masks: str) -> str:
-    """Why the file is not used, in a clause that other files share."""
+    """Returns a clause, shared with other files, on why a file is not used."""
     if name.suffix.lower() not in IMAGE_SUFFIXES:
         return f"names of images and masks end in {', '.join(IMAGE_SUFFIXES)}"
     if masks and name.parts[0] == GROUND_TRUTH:
@@ -85,7 +85,10 @@ def _explain(name: Path, places: Places, masks: str) -> str:
 
 
 def _describe_masks(records: Sequence[Record], places: Places) -> str:
-    """What a mask is called: that of the first image which lacks its own."""
+    """Returns a clause with the expected name of a mask; "" if masks have no folder.
+
+    The example is the first anomalous image without a mask, if there is one.
+    """
     type_, stem, image = "<type>", "<stem>", f"{TEST}/<type>/<stem>.<ending>"
     if not places.masks:
         return ""
@@ -107,9 +110,9 @@ def _remark_on_training(records: Sequence[Record], root: Path) -> list[str]:
 
 
 def _walk(folders: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """The path of each file that is no junk, and where it lies without links.
+    """Yields the path of each file that is not junk, and its path without links.
 
-    Links are followed; a folder that several lead to is looked at once.
+    Links are followed. A folder that several links lead to is visited once.
     """
     seen = set()
     for folder in folders:
@@ -126,7 +129,10 @@ def _walk(folders: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _resolve(paths: Iterable[Path]) -> set[str]:
-    """Where the files lie without links, and where those lie that are links."""
+    """Returns the paths of files without links in their folders.
+
+    A file that is itself a link is followed as well, and both paths are returned.
+    """
     found = set()
     folders: dict[Path, str] = {}
     for path in paths:

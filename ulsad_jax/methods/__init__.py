@@ -1,1 +1,1 @@
-"""Methods that detect anomalies: each learns from normal images and gives maps."""
+"""Holds the methods of anomaly detection, which learn from normal images."""

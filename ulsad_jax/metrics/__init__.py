@@ -1,1 +1,1 @@
-"""Metrics on NumPy arrays; nothing here imports JAX."""
+"""Computes metrics of NumPy arrays; nothing here imports JAX."""

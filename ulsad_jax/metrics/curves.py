@@ -1,4 +1,7 @@
-"""Areas under curves of an overlap over the false positive rate, and their errors."""
+"""Computes areas under curves of an overlap over the false positive rate.
+
+It also bounds their errors.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class UndefinedMetricWarning(UserWarning):
-    """A metric is NaN because the data does not define it."""
+    """A warning that a metric is NaN because the data does not define it."""
 
 
 class Curve(NamedTuple):
     """An overlap over the false positive rate, from (0, 0) to (1, 1).
 
     Attributes:
-        fpr: the share of the normal pixels at or above each threshold.
-        overlap: the share of the defects (by whatever measure) that is.
+        fpr: share of the normal pixels at or above each threshold, [k].
+        overlap: share of the defects at or above each threshold, [k], by any measure.
     """
 
     fpr: Float[np.ndarray, " k"]
@@ -28,20 +31,22 @@ class Curve(NamedTuple):
 
 
 def make_curve(normal: Num[np.ndarray, " n"], overlap: Num[np.ndarray, " n"]) -> Curve:
-    """The curve from what lies at each score, the largest first; neither sum is 0.
+    """Returns the curve of normal pixels and overlap per score.
+
+    Both arrays are in the order of the scores, the largest first. Neither sum is 0.
 
     Args:
-        normal: how many normal pixels have the score.
-        overlap: what the defective pixels of the score add to the overlap.
+        normal: number of normal pixels with each score, [n].
+        overlap: overlap that the defective pixels with each score add, [n].
     """
     sums = (np.cumsum(np.append(0, values)) for values in (normal, overlap))
     return Curve(*(s / s[-1] for s in sums))
 
 
 def area_up_to(curve: Curve, limit: float) -> float:
-    """The area up to the false positive rate `limit`, divided by it.
+    """Returns the area up to the false positive rate `limit`, divided by `limit`.
 
-    By trapezoids, with linear interpolation at the limit.
+    The area is computed by trapezoids, with linear interpolation at the limit.
     """
     fpr, overlap = curve
     inside = np.searchsorted(fpr, limit, side="right")
@@ -54,24 +59,25 @@ def area_up_to(curve: Curve, limit: float) -> float:
 
 
 def thin(curve: Curve) -> Curve:
-    """At most 200 of a curve's points, for drawing: evenly along its way."""
-    way = curve.fpr + curve.overlap  # both only grow
+    """Returns at most 200 points of a curve for drawing, evenly spaced along it."""
+    way = curve.fpr + curve.overlap  # both never decrease
     kept = np.searchsorted(way, np.linspace(0, way[-1], 200))
     kept = np.unique(np.append(0, kept))  # equal points before it are the origin
     return Curve(curve.fpr[kept], curve.overlap[kept])
 
 
 def error_bound(curve: Curve, binned: Bool[np.ndarray, " n"], limit: float) -> float:
-    """How far `area_up_to` can be from the area of the exact curve.
+    """Returns a bound on the error of `area_up_to` against the exact curve.
 
-    Across a bin of several scores the exact curve grows, so that it stays inside the
-    rectangle that the bin's ends span, of which the trapezoid has a half. Of the bin
-    that the limit cuts, whose height at the limit is not known, all counts.
+    Within a bin of several scores the exact curve increases, so it stays inside the
+    rectangle that the bin's ends span. The trapezoid covers half of the rectangle, so
+    the error is at most the other half. The bin that contains the limit counts in full,
+    because the height of the exact curve at the limit is not known.
 
     Args:
-        curve: of n bins, and so of n + 1 points.
-        binned: whether each bin may hold several scores.
-        limit: as in `area_up_to`.
+        curve: curve of n bins, which has n + 1 points.
+        binned: bool [n], True for bins that may hold several scores.
+        limit: false positive rate up to which the area is taken.
     """
     inside = np.minimum(curve.fpr, limit)
     cut = (curve.fpr[1:] > limit) & (curve.fpr[:-1] < limit)
@@ -80,13 +86,17 @@ def error_bound(curve: Curve, binned: Bool[np.ndarray, " n"], limit: float) -> f
 
 
 def find_tie_ends(descending: Num[np.ndarray, " n"]) -> Int[np.ndarray, " k"]:
-    """The index of the last of each run of equal scores; n >= 1."""
+    """Returns the index of the last element of each run of equal scores.
+
+    Args:
+        descending: sorted scores [n], n >= 1.
+    """
     changes = np.flatnonzero(descending[1:] != descending[:-1])
     return np.append(changes, descending.size - 1)
 
 
 def check_finite(scores: Num[np.ndarray, "..."]) -> None:
-    """Raises a ValueError that counts the scores that are NaN or infinite."""
+    """Raises a ValueError if scores are NaN or infinite; the message counts them."""
     finite = np.isfinite(scores)
     if finite.all():
         return
@@ -98,7 +108,7 @@ def check_finite(scores: Num[np.ndarray, "..."]) -> None:
 
 
 def check_limit(limit: float) -> None:
-    """Raises a ValueError unless a false positive rate can be integrated up to it."""
+    """Raises a ValueError if a limit of the false positive rate is not in (0, 1]."""
     if not 0 < limit <= 1:
         raise ValueError(f"Expected fpr_limit in (0, 1], found {limit}.")
 
@@ -107,9 +117,9 @@ def warn_undefined(metric: str, needs: str, *, stacklevel: int) -> None:
     """Warns that a metric is NaN.
 
     Args:
-        metric: what is undefined.
-        needs: what it needs, and what was found instead.
-        stacklevel: of the frame to name, seen from the caller.
+        metric: name of the undefined metric.
+        needs: text that says what the metric needs, and what was found instead.
+        stacklevel: frame that the warning names, counted from the caller.
     """
     warnings.warn(
         f"{metric} is undefined and set to NaN: it needs {needs}.",

@@ -1,4 +1,4 @@
-"""Sums over float32 scores of any range, as fine as a fixed memory allows."""
+"""Sums over float32 scores of any range, as finely as a fixed memory allows."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, UInt32
 
-PAGES = 1 << 16  # a page is the scores that share the upper 16 bits of their keys
+PAGES = 1 << 16  # a page holds the scores with the same upper 16 bits of their keys
 OCTAVE = 128  # pages of a binary order of magnitude and a sign
 
 
 class ScoreHistogram:
-    """Named columns of sums over the same bins of scores.
+    """A histogram with named columns of sums over the same bins of scores.
 
-    Up to `max_bins` scores are kept as they are. Then they go to bins, ranges of
-    neighbouring float32 numbers, at first single ones. Room is made for the binary
-    orders of magnitude that occur. When they would take more than `max_bins`, bins are
-    joined in pairs, first where there are the fewest scores a bin: no range has to be
-    known beforehand, and bins are narrow where scores crowd. With 2^22 bins, the scores
-    of one bin agree to one part in 8192 at least.
+    Up to `max_bins` scores are kept exactly. More scores go to bins, which are ranges
+    of neighbouring float32 numbers, at first single numbers. Bins are allocated for the
+    binary orders of magnitude that occur. If they would take more than `max_bins`, bins
+    are merged in pairs, first where there are the fewest scores per bin. So no range
+    has to be known in advance, and bins are narrow where scores are dense. With 2^22
+    bins, the scores of one bin agree to one part in 8192 at least.
     """
 
     def __init__(self, *, max_bins: int = 1 << 22):
-        """Makes an empty histogram; a column takes at most 12 bytes a bin.
+        """Creates an empty histogram; a column takes at most 12 bytes per bin.
 
         Args:
-            max_bins: of a column, at least 2^16.
+            max_bins: largest number of bins, at least 2^16.
         """
         if max_bins < PAGES:
             raise ValueError(
@@ -37,7 +37,7 @@ class ScoreHistogram:
             )
         self._max_bins = max_bins
         self._max_shift = 17 - (max_bins // PAGES).bit_length()  # always fits
-        # Of each page: scores seen, log2 of a bin's width, first bin or -1.
+        # For each page: number of scores, log2 of a bin's width, first bin or -1.
         self._counts = np.zeros(PAGES, np.int64)
         self._shift = np.zeros(PAGES, np.int64)
         self._start = np.full(PAGES, -1)
@@ -51,7 +51,13 @@ class ScoreHistogram:
         scores: Float32[np.ndarray, " n"],
         weights: Float[np.ndarray, " n"] | None = None,
     ) -> None:
-        """Adds weights, by default ones, to the bins of finite scores."""
+        """Adds weights to the bins of scores.
+
+        Args:
+            column: name of the column.
+            scores: finite scores, float32 [n].
+            weights: weight of each score, float [n]; by default 1.
+        """
         self._waiting.append((column, _order_keys(scores), weights))
         if self._size or sum(k.size for _, k, _ in self._waiting) > self._max_bins:
             self._fill_bins()
@@ -59,13 +65,14 @@ class ScoreHistogram:
     def read(
         self, columns: Iterable[Iterable[Hashable]]
     ) -> tuple[list[Float[np.ndarray, " k"]], Bool[np.ndarray, " k"]]:
-        """Sums in the order of scores, the largest first, without empty bins.
+        """Returns sums in the order of scores, the largest first, without empty bins.
 
         Args:
-            columns: for each result the columns whose sum it is.
+            columns: names of the columns to add up, one group per result.
 
         Returns:
-            The results, and whether each bin may hold several scores.
+            (results, binned): one array [k] per result, and a bool array [k], True for
+            bins that may hold several scores.
         """
         if not self._size:
             return self._read_waiting(columns)
@@ -84,7 +91,7 @@ class ScoreHistogram:
     def _read_waiting(
         self, columns: Iterable[Iterable[Hashable]]
     ) -> tuple[list[Float[np.ndarray, " k"]], Bool[np.ndarray, " k"]]:
-        """As `read`, while all scores are kept."""
+        """Returns the result of `read` while all scores are kept exactly."""
         keys = [keys for _, keys, _ in self._waiting]
         found, places = np.unique(
             np.concatenate([np.zeros(0, np.uint32), *keys]), return_inverse=True
@@ -101,13 +108,13 @@ class ScoreHistogram:
         return [total[filled] for total in totals], np.zeros(filled.sum(), bool)
 
     def _fill_bins(self) -> None:
-        """Puts the scores that wait into bins."""
+        """Moves the waiting scores to bins."""
         for _, keys, _ in self._waiting:
             self._counts += np.bincount(keys >> 16, minlength=PAGES)
         self._make_room()
         for column, keys, weights in self._waiting:
             if column not in self._sums:
-                # Also for counts: integers of up to 2^53 are exact.
+                # Floats for counts as well: integers up to 2^53 are exact.
                 self._sums[column] = np.zeros(self._size)
             pages = keys >> 16
             bins = self._start[pages] + ((keys & 0xFFFF) >> self._shift[pages])
@@ -115,7 +122,7 @@ class ScoreHistogram:
         self._waiting = []
 
     def _make_room(self) -> None:
-        """Gives bins to the orders of magnitude that are new."""
+        """Allocates bins for the orders of magnitude that are new."""
         octaves = self._counts.reshape(-1, OCTAVE).any(1)
         opened = np.repeat(octaves, OCTAVE)
         if (self._start[opened] >= 0).all():
@@ -134,7 +141,11 @@ class ScoreHistogram:
         self._shift, self._start = shift, np.where(opened, start, -1)
 
     def _choose_shifts(self, opened: Bool[np.ndarray, " pages"]) -> np.ndarray:
-        """Bins as narrow as fit, of at least 2^k scores on average, with one k."""
+        """Returns log2 of the width of a bin for each page.
+
+        Bins are as narrow as the memory allows, with at least 2^k scores on average and
+        the same k for all pages.
+        """
         magnitude = np.log2(np.maximum(self._counts, 1)).astype(np.int64)
         shift = self._shift
         k = -16
@@ -146,9 +157,10 @@ class ScoreHistogram:
 
 
 def _order_keys(scores: Float32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
-    """Integers in the order of the scores, equal where scores are.
+    """Returns integers in the order of the scores, equal for equal scores.
 
-    The bits of a positive float32 grow with it, those of a negative one against it.
+    The bits of a float32, read as an integer, increase with a positive number and
+    decrease with a negative one.
     """
     bits = (scores + np.float32(0)).view(np.uint32)  # + 0: both zeros are one
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))

@@ -1,4 +1,4 @@
-"""Image-level metrics: one label and one score an image.
+"""Computes image-level metrics from one label and one score per image.
 
 A label is 0 (normal) or 1 (anomalous), a larger score means more anomalous, and equal
 scores are one point of a curve. A metric that the labels leave undefined is NaN, with
@@ -8,33 +8,41 @@ an `UndefinedMetricWarning`; never 0 or 1.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
+from ulsad_jax.metrics.base import (
+    GOOD,
+    IMAGE,
+    LOGICAL,
+    STRUCTURAL,
+    Images,
+    Metric,
+)
 from ulsad_jax.metrics.curves import UndefinedMetricWarning as UndefinedMetricWarning
 from ulsad_jax.metrics.curves import check_finite, find_tie_ends, warn_undefined
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Num, Shaped
 
-LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"  # MVTec LOCO's names
-
 
 def auroc(labels: Num[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float:
-    """The area under the ROC curve (scikit-learn's `roc_auc_score`).
+    """Returns the area under the ROC curve (scikit-learn's `roc_auc_score`).
 
     Args:
-        labels: 0 or 1.
-        scores: finite; larger means more anomalous.
+        labels: [n], 0 (normal) or 1 (anomalous).
+        scores: [n], finite; larger means more anomalous.
 
     Returns:
-        In [0, 1]; NaN unless both labels occur.
+        The area in [0, 1]; NaN unless both labels occur.
 
     Raises:
-        ValueError: shapes that differ, another label, a score that is not finite.
+        ValueError: the shapes differ, a label is neither 0 nor 1, or a score is not
+            finite.
     """
     labels, scores = _check(labels, scores)
     if is_undefined("AUROC", labels, unit="image"):
@@ -45,9 +53,10 @@ def auroc(labels: Num[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> flo
 def average_precision(
     labels: Num[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
 ) -> float:
-    """Σ (R_k - R_{k-1}) P_k, a step sum (scikit-learn's `average_precision_score`).
+    """Returns the average precision (scikit-learn's `average_precision_score`).
 
-    Args, returned range and errors are those of `auroc`.
+    It is the step sum Σ (R_k - R_{k-1}) P_k, without interpolation. Arguments, range
+    and errors are those of `auroc`.
     """
     labels, scores = _check(labels, scores)
     if is_undefined("Average precision", labels, unit="image"):
@@ -58,14 +67,14 @@ def average_precision(
 def f1_max(
     labels: Num[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
 ) -> tuple[float, float]:
-    """The largest F1 over all thresholds, and its threshold.
+    """Returns the largest F1 over all thresholds, and its threshold.
 
-    Args and errors are those of `auroc`.
+    Arguments and errors are those of `auroc`.
 
     Returns:
-        (F1 in [0, 1], t): `scores >= t` is called anomalous. t is one of the scores,
-        the largest if several thresholds are best. Both are NaN unless both labels
-        occur.
+        (F1 in [0, 1], t): images with `scores >= t` are called anomalous. t is one of
+        the scores, the largest if several thresholds are best. Both are NaN unless both
+        labels occur.
     """
     labels, scores = _check(labels, scores)
     if is_undefined("F1-max", labels, unit="image"):
@@ -77,20 +86,20 @@ def f1_max(
 
 
 def by_type(types: Sequence[str], scores: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """The AUROC of each type of anomaly: all normal images against that type's.
+    """Returns the AUROC of each type of anomaly against all normal images.
 
     Args:
         types: n names; images of the type "good" are normal, all others anomalous.
-        scores: finite; larger means more anomalous.
+        scores: [n], finite; larger means more anomalous.
 
     Returns:
-        Type of anomaly -> AUROC, sorted by name; all NaN without normal images.
+        AUROC by type of anomaly, sorted by name; all NaN without normal images.
 
     Raises:
-        ValueError: shapes that differ, a score that is not finite.
+        ValueError: the shapes differ, or a score is not finite.
     """
     types = np.asarray(types, dtype=str)
-    anomalous, scores = _check(types != "good", scores)
+    anomalous, scores = _check(types != GOOD, scores)
     names = [str(name) for name in np.unique(types[anomalous])]
     if names and is_undefined("AUROC by type", anomalous, unit="image"):
         return dict.fromkeys(names, math.nan)
@@ -99,17 +108,17 @@ def by_type(types: Sequence[str], scores: Float[np.ndarray, " n"]) -> dict[str, 
 
 
 def loco_headline(aurocs: Mapping[str, float]) -> float:
-    """MVTec LOCO's headline: the mean AUROC of logical and structural anomalies.
+    """Returns MVTec LOCO's main result: the mean of the logical and structural AUROC.
 
     Bergmann et al., "Beyond Dents and Scratches: Logical Constraints in Unsupervised
-    Anomaly Detection and Localization", IJCV 2022. The two count alike, however many
-    images each has.
+    Anomaly Detection and Localization", IJCV 2022. Both have the same weight, however
+    many images each has.
 
     Args:
-        aurocs: what `by_type` returns for a category of MVTec LOCO.
+        aurocs: result of `by_type` for a category of MVTec LOCO.
 
     Returns:
-        In [0, 1]; NaN if one of the two is NaN or missing.
+        The mean in [0, 1]; NaN if one of the two is NaN or missing.
     """
     missing = [name for name in (LOGICAL, STRUCTURAL) if name not in aurocs]
     if missing:
@@ -123,11 +132,13 @@ def loco_headline(aurocs: Mapping[str, float]) -> float:
 
 
 def is_undefined(metric: str, positive: Bool[np.ndarray, "..."], *, unit: str) -> bool:
-    """Whether one of the two classes is empty; if so, warns at the caller's caller.
+    """Returns whether one of the two classes is empty, and warns if it is.
+
+    The warning names the caller of the caller.
 
     Args:
-        metric: what the warning calls undefined.
-        positive: whether each image or pixel is anomalous.
+        metric: name of the metric, for the warning.
+        positive: boolean array, True for anomalous images or pixels.
         unit: "image" or "pixel".
     """
     count = int(np.count_nonzero(positive))
@@ -146,12 +157,13 @@ def find_best_f1(
     predicted: Int[np.ndarray, " k"],
     thresholds: Num[np.ndarray, " k"],
 ) -> tuple[float, float]:
-    """The largest F1 and the first threshold that reaches it.
+    """Returns the largest F1 and the first threshold that reaches it.
 
     Args:
-        true_positives: of each threshold; the last calls everything anomalous.
-        predicted: how many each threshold calls anomalous.
-        thresholds: descending.
+        true_positives: number of true positives at each threshold, [k]; the last
+            threshold calls everything anomalous.
+        predicted: number of images or pixels that each threshold calls anomalous, [k].
+        thresholds: thresholds [k], descending.
     """
     # 2 TP / (2 TP + FP + FN). A quotient of integers: equal F1 are equal floats.
     f1 = 2 * true_positives / (predicted + true_positives[-1])
@@ -162,7 +174,7 @@ def find_best_f1(
 def _check(
     labels: Shaped[np.ndarray, " n"], scores: Num[np.ndarray, " n"]
 ) -> tuple[Bool[np.ndarray, " n"], Num[np.ndarray, " n"]]:
-    """Checks what the public functions are given."""
+    """Checks the arguments of the public functions, and returns labels as booleans."""
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 1 or labels.shape != scores.shape:
         raise ValueError(
@@ -177,3 +189,34 @@ def _check(
             f"{labels[wrong[0]].item()!r} at index {wrong[0]}."
         )
     return labels == 1, scores
+
+
+def _auroc(images: Images) -> dict[str, float]:
+    pooled = auroc(images.labels, images.scores)
+    return {"": pooled, **by_type(images.types, images.scores)}
+
+
+def _mean_of_types(images: Images) -> float | None:
+    if not images.has_saturation:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedMetricWarning)  # `_auroc` warned
+        aurocs = by_type(images.types, images.scores)
+    return loco_headline(aurocs)
+
+
+METRICS = {
+    "image_auroc": Metric("image AUROC", IMAGE, _auroc),
+    "image_auroc_mean_of_types": Metric("mean of types", IMAGE, _mean_of_types),
+    "image_average_precision": Metric(
+        "image AP",
+        IMAGE,
+        lambda images: average_precision(images.labels, images.scores),
+    ),
+    "image_f1_max": Metric(
+        "image F1", IMAGE, lambda images: f1_max(images.labels, images.scores)[0]
+    ),
+    "image_f1_max_threshold": Metric(
+        "", IMAGE, lambda images: f1_max(images.labels, images.scores)[1]
+    ),
+}

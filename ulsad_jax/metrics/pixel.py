@@ -1,18 +1,20 @@
-"""Pixel-level metrics over all pixels of all test images, normal images included.
+"""Computes pixel-level metrics over all pixels of all test images.
 
-A larger value of a map means more anomalous, and equal values are one point of a
-curve. Everything comes from one sort of all pixels, O(N log N), without binning or
-resampling. A metric that the masks leave undefined is NaN, with an
-`UndefinedMetricWarning`; never 0 or 1.
+Normal images are included. A larger value of a map means more anomalous, and equal
+values are one point of a curve. All metrics come from one sort of all pixels,
+O(N log N), without binning or resampling. A metric that the masks leave undefined is
+NaN, with an `UndefinedMetricWarning`; never 0 or 1.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ulsad_jax.metrics.base import MODEL, PIXEL, Metric
 from ulsad_jax.metrics.curves import (
     Curve,
     area_up_to,
@@ -22,6 +24,7 @@ from ulsad_jax.metrics.curves import (
 )
 from ulsad_jax.metrics.image import find_best_f1, is_undefined
 from ulsad_jax.metrics.regions import weigh_regions
+from ulsad_jax.metrics.stream import PixelStream
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Num
@@ -35,12 +38,13 @@ def pixel_metrics(
     *,
     fpr_limit: float = 0.3,
 ) -> dict[str, float]:
-    """All pixel-level metrics from one sort.
+    """Returns all pixel-level metrics from one sort.
 
     Args:
-        masks: whether each pixel is defective; all False for a normal image.
-        maps: finite; larger means more anomalous.
-        fpr_limit: where the integral of `aupro` ends, in (0, 1].
+        masks: boolean [n, h, w], True for defective pixels; all False for a normal
+            image.
+        maps: float [n, h, w], finite; larger means more anomalous.
+        fpr_limit: false positive rate up to which `aupro` integrates, in (0, 1].
 
     Returns:
         `auroc`, `average_precision` (a step sum), `f1_max`, its `f1_max_threshold` t
@@ -49,7 +53,7 @@ def pixel_metrics(
         unless there are both defective and normal pixels.
 
     Raises:
-        ValueError: see `aupro`.
+        ValueError: an argument is invalid; see `aupro`.
     """
     masks, maps = _check(masks, maps, fpr_limit)
     if is_undefined(f"Each of {', '.join(NAMES)}", masks, unit="pixel"):
@@ -73,26 +77,27 @@ def aupro(
     *,
     fpr_limit: float = 0.3,
 ) -> float:
-    """The area under the per-region-overlap curve, exactly.
+    """Returns the exact area under the per-region-overlap curve.
 
     Bergmann et al., "The MVTec Anomaly Detection Dataset: A Comprehensive Real-World
     Dataset for Unsupervised Anomaly Detection", IJCV 2021. A region is an 8-connected
     component of a mask. At a threshold t, PRO is the mean over all regions of the
-    share of the region with map >= t, and FPR the share of all normal pixels with
+    share of the region with map >= t, and FPR is the share of all normal pixels with
     map >= t. The curve starts at (0, 0), is linear between thresholds, and its area
     up to `fpr_limit` is divided by `fpr_limit`.
 
     Args:
-        masks: whether each pixel is defective; all False for a normal image.
-        maps: finite; larger means more anomalous.
-        fpr_limit: where the integral ends, in (0, 1].
+        masks: boolean [n, h, w], True for defective pixels; all False for a normal
+            image.
+        maps: float [n, h, w], finite; larger means more anomalous.
+        fpr_limit: false positive rate at which the integral ends, in (0, 1].
 
     Returns:
-        In [0, 1]; NaN unless there are both defective and normal pixels.
+        The area in [0, 1]; NaN unless there are both defective and normal pixels.
 
     Raises:
-        ValueError: shapes that differ, masks that are not boolean, a value of a map
-            that is not finite, a limit outside (0, 1].
+        ValueError: the shapes differ, the masks are not boolean, a value of a map is
+            not finite, or the limit is outside (0, 1].
     """
     masks, maps = _check(masks, maps, fpr_limit)
     if is_undefined("AUPRO", masks, unit="pixel"):
@@ -100,14 +105,54 @@ def aupro(
     return _area_under_pro(_sweep(masks, maps), fpr_limit)
 
 
+class Pixels:
+    """The pixels of images of one size, with exact areas."""
+
+    def __init__(
+        self, masks: Bool[np.ndarray, "n h w"], maps: Float[np.ndarray, "n h w"]
+    ):
+        """Stores the pixels of all images.
+
+        Args:
+            masks: boolean [n, h, w]; see `pixel_metrics`.
+            maps: float [n, h, w]; see `pixel_metrics`.
+        """
+        self._masks, self._maps = masks, maps
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, float]:
+        """The result of `pixel_metrics`."""
+        return pixel_metrics(self._masks, self._maps)
+
+    def auroc(self) -> float:
+        """Returns the area under the ROC curve of all pixels."""
+        return self.metrics["auroc"]
+
+    def aupro(self) -> float:
+        """Returns the area under the per-region-overlap curve, see `aupro`."""
+        return self.metrics["aupro"]
+
+    @functools.cached_property
+    def stream(self) -> PixelStream:
+        """A `PixelStream` of the same pixels."""
+        stream = PixelStream()
+        for mask, anomaly_map in zip(self._masks, self._maps, strict=True):
+            stream.add(anomaly_map, mask[None])
+        return stream
+
+    def curve(self, overlap: str) -> Curve | None:
+        """Returns a curve over the false positive rate, see `PixelStream.curve`."""
+        return self.stream.curve(overlap)
+
+
 class _Sweep(NamedTuple):
-    """What holds at each distinct threshold, the largest first.
+    """Counts and overlaps at each distinct threshold, the largest first.
 
     Attributes:
-        thresholds: distinct values of the maps.
-        true_positives: how many defective pixels are >= the threshold.
-        predicted: how many pixels are.
-        pro: the mean over regions of the share of the region that is.
+        thresholds: distinct values of the maps, [k].
+        true_positives: number of defective pixels >= the threshold, [k].
+        predicted: number of pixels >= the threshold, [k].
+        pro: mean over regions of the share of the region >= the threshold, [k].
     """
 
     thresholds: Num[np.ndarray, " k"]
@@ -117,10 +162,10 @@ class _Sweep(NamedTuple):
 
 
 def _sweep(masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"]) -> _Sweep:
-    """Lowers the threshold through all values; there is at least one region."""
+    """Returns the sweep over all thresholds; there is at least one region."""
     ascending = np.sort(maps, axis=None)
-    # All values are sorted without their pixels, which is several times faster; the
-    # defective pixels, of which there are few, then look up where theirs are.
+    # Sorting values without their pixels is several times faster. The places of the
+    # few defective pixels are then looked up.
     starts = np.append(0, find_tie_ends(ascending)[:-1] + 1)
     thresholds = ascending[starts]
     places = np.searchsorted(thresholds, maps[masks])
@@ -138,13 +183,16 @@ def _sweep(masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"]) -> 
 
 
 def _weigh_all(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, " k"]:
-    """1 / (size of its region) of each defective pixel, in the order of `masks`."""
+    """Returns 1 / (size of its region) of each defective pixel, in `masks`' order."""
     defective = masks.any(axis=(1, 2))
     return np.concatenate([weigh_regions(mask) for mask in masks[defective]])
 
 
 def _area(curve: _Sweep) -> float:
-    """The area under the ROC curve; counts until the end, for exact sums."""
+    """Returns the area under the ROC curve.
+
+    It sums counts and divides at the end, so that the sums are exact.
+    """
     false_positives = curve.predicted - curve.true_positives
     area = np.trapezoid(
         np.append(0, curve.true_positives), np.append(0, false_positives)
@@ -153,14 +201,14 @@ def _area(curve: _Sweep) -> float:
 
 
 def _average_precision(curve: _Sweep) -> float:
-    """Σ (R_k - R_{k-1}) P_k."""
+    """Returns Σ (R_k - R_{k-1}) P_k."""
     precision = curve.true_positives / curve.predicted
     gained = np.diff(curve.true_positives, prepend=0)
     return float(gained @ precision / curve.true_positives[-1])
 
 
 def _area_under_pro(curve: _Sweep, fpr_limit: float) -> float:
-    """The area under PRO over FPR up to the limit, divided by it."""
+    """Returns the area under PRO over FPR up to the limit, divided by the limit."""
     false_positives = curve.predicted - curve.true_positives
     fpr = np.append(0, false_positives / false_positives[-1])
     return area_up_to(Curve(fpr, np.append(0, curve.pro)), fpr_limit)
@@ -169,7 +217,7 @@ def _area_under_pro(curve: _Sweep, fpr_limit: float) -> float:
 def _check(
     masks: Bool[np.ndarray, "n h w"], maps: Num[np.ndarray, "n h w"], fpr_limit: float
 ) -> tuple[Bool[np.ndarray, "n h w"], Num[np.ndarray, "n h w"]]:
-    """Checks what the public functions are given."""
+    """Checks the arguments of the public functions, and returns NumPy arrays."""
     masks, maps = np.asarray(masks), np.asarray(maps)
     if masks.ndim != 3 or masks.shape != maps.shape:
         raise ValueError(
@@ -181,3 +229,22 @@ def _check(
     check_limit(fpr_limit)
     check_finite(maps)
     return masks, maps
+
+
+METRICS = {
+    "pixel_auroc": Metric("pixel AUROC", PIXEL, lambda pixels: pixels.auroc()),
+    **{
+        f"pixel_{name}": Metric(
+            title,
+            PIXEL,
+            lambda pixels, name=name: pixels.metrics[name],
+            resolutions=(MODEL,),
+        )
+        for name, title in (
+            ("average_precision", "pixel AP"),
+            ("f1_max", "pixel F1"),
+            ("f1_max_threshold", ""),
+        )
+    },
+    "aupro": Metric("AUPRO", PIXEL, lambda pixels: pixels.aupro()),
+}

@@ -1,4 +1,4 @@
-"""How much each defective pixel counts: in its region (PRO), in its channel (sPRO)."""
+"""Weighs defective pixels by their region (PRO) or their channel (sPRO)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def weigh_regions(mask: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, " k"]:
-    """1 / (size of its region) of each defective pixel, in the order of `mask`.
+    """Returns 1 / (size of its region) of each defective pixel, in `mask`'s order.
 
     A region is an 8-connected component.
     """
@@ -28,17 +28,17 @@ def weigh_regions(mask: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, " k"]:
 def weigh_channel(
     scores: Num[np.ndarray, " n"], saturation_area: float
 ) -> tuple[Num[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """The scores of a channel that raise its sPRO, and by how much each does.
+    """Returns the scores of a channel that raise its sPRO, and their weights.
 
     As the threshold falls, sPRO = min(pixels found / saturation area, 1) grows by
-    1 / saturation area a pixel until it is 1: so do these weights add up.
+    1 / saturation area per pixel until it is 1. The weights are these increments.
 
     Args:
-        scores: of the channel's pixels.
-        saturation_area: pixels that suffice for full credit, in (0, n].
+        scores: scores of the channel's pixels, [n].
+        saturation_area: number of pixels that suffice for full credit, in (0, n].
 
     Returns:
-        (the largest scores, descending; their weights).
+        (the largest scores [k], descending; their weights [k]).
     """
     enough = math.ceil(saturation_area)
     credit = np.minimum(np.arange(enough + 1) / saturation_area, 1)
@@ -46,14 +46,15 @@ def weigh_channel(
 
 
 def saturation_area(area: int, threshold: float, *, relative: bool) -> float:
-    """The pixels of a channel that suffice for full credit.
+    """Returns the number of pixels of a channel that suffice for full credit.
 
-    As MVTec's evaluation of LOCO; where it would be 0, and its sPRO undefined, it is 1.
+    It follows MVTec's evaluation of LOCO. A relative area that would be 0, with an
+    undefined sPRO, is 1.
 
     Args:
-        area: of the channel in pixels.
-        threshold: in pixels, or a share of the area.
-        relative: whether `threshold` is a share.
+        area: area of the channel in pixels.
+        threshold: number of pixels, or a share of the area.
+        relative: True if `threshold` is a share.
     """
     return max(1, int(threshold * area)) if relative else min(threshold, area)
 
@@ -65,10 +66,15 @@ def check_image(
 ) -> None:
     """Checks the map and the ground truth of one image.
 
+    Args:
+        anomaly_map: map [h, w].
+        channels: ground-truth channels [c, h, w].
+        saturation_areas: saturation area of each channel in pixels, or None.
+
     Raises:
-        ValueError: shapes that do not fit, channels that are not boolean, not one
-            area a channel or one outside (0, the channel's area], a value of the map
-            that is not finite.
+        ValueError: the shapes do not fit, the channels are not boolean, the number of
+            areas is not that of channels, an area is outside (0, the channel's area],
+            or a value of the map is not finite.
     """
     if anomaly_map.ndim != 2 or channels.shape[1:] != anomaly_map.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""AU-sPRO of MVTec LOCO AD, exactly: for data that fits in memory.
+"""Computes AU-sPRO of MVTec LOCO AD exactly, for data that fits in memory.
 
 Bergmann et al., "Beyond Dents and Scratches: Logical Constraints in Unsupervised
 Anomaly Detection and Localization", IJCV 2022, and MVTec's evaluation of it. Each
@@ -6,7 +6,7 @@ ground-truth channel of an image is one defect, of which a part, the saturation 
 suffices: sPRO = min(pixels of the channel at or above the threshold / saturation
 area, 1). FPR is the share of all pixels outside every channel that are at or above
 the threshold. AU-sPRO is the area under the mean of sPRO over all channels, up to an
-FPR limit, divided by the limit. `stream.PixelStream` has it for data of any size.
+FPR limit, divided by the limit. `stream.PixelStream` computes it for data of any size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ulsad_jax.metrics.regions import check_image, weigh_channel
 if TYPE_CHECKING:
     from jaxtyping import Bool, Num
 
-LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)  # that MVTec's evaluation reports
+LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)  # FPR limits of MVTec's evaluation
 
 
 def au_spro(
@@ -40,20 +40,23 @@ def au_spro(
     *,
     limits: Sequence[float] = LIMITS,
 ) -> dict[float, float]:
-    """AU-sPRO of some images, which may differ in size.
+    """Returns the AU-sPRO of images, which may differ in size.
 
     Args:
-        maps: of each image, at its original resolution; larger means more anomalous.
-        channels: of each image; none for a normal one. Channels may overlap.
-        saturation_areas: of each image and channel, in pixels
+        maps: map [h, w] of each image, at its original resolution; larger means more
+            anomalous.
+        channels: boolean channels [c, h, w] of each image; none for a normal image.
+            Channels may overlap.
+        saturation_areas: areas of the channels of each image, in pixels
             (`regions.saturation_area`).
         limits: FPR limits in (0, 1].
 
     Returns:
-        Limit -> AU-sPRO in [0, 1]; NaN unless there are channels and normal pixels.
+        AU-sPRO in [0, 1] by limit; NaN unless there are channels and normal pixels.
 
     Raises:
-        ValueError: see `regions.check_image`; a limit outside (0, 1].
+        ValueError: an image is invalid, see `regions.check_image`; or a limit is
+            outside (0, 1].
     """
     scores, normal, weights = [np.zeros(0, np.float32)], [np.zeros(0)], [np.zeros(0)]
     for image, masks, areas in zip(maps, channels, saturation_areas, strict=True):
@@ -77,7 +80,7 @@ def au_spro(
 
 
 def areas_under(curve: Curve, limits: Sequence[float]) -> dict[float, float]:
-    """Limit -> area, for each limit."""
+    """Returns the area under a curve by limit."""
     for limit in limits:
         check_limit(limit)
     return {limit: area_up_to(curve, limit) for limit in limits}
@@ -86,7 +89,7 @@ def areas_under(curve: Curve, limits: Sequence[float]) -> dict[float, float]:
 def undefined(
     metric: str, limits: Sequence[float], *, stacklevel: int
 ) -> dict[float, float]:
-    """Limit -> NaN, with one warning."""
+    """Returns NaN by limit, with one warning."""
     needs = "normal pixels and ground-truth channels, found none of one or both"
     warn_undefined(metric, needs, stacklevel=stacklevel + 1)
     return dict.fromkeys(limits, math.nan)

@@ -1,1 +1,1 @@
-"""Layers of networks: what they compute, and how fast on which backend."""
+"""Layers of networks, and their computation on each backend."""

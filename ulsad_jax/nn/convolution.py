@@ -1,12 +1,14 @@
-"""Convolutions, lowered as the platform likes them.
+"""Convolutions with the fastest implementation on each platform.
 
-On GPU and TPU everything is XLA's own; on GPUs strided transposed convolutions are
-plain ones, four at once, because XLA has no kernels for an input that is spread out. On
-CPUs XLA runs matrix products faster than some convolutions, and much faster than most
-gradients of convolutions. There, these are products over the kernel's taps, the same
-sums in another order, or, for large float32 ones of stride 1, products of transformed
-tiles (`ulsad_jax.nn.winograd`). (Such a convolution can be differentiated in
-reverse mode only.) The limits below are measured.
+On GPUs and TPUs, XLA's own convolutions are used, with one exception: on GPUs,
+transposed convolutions of size 4, stride 2 and padding 1 are computed as four plain
+convolutions in one, because XLA has no kernels for a dilated input. On CPUs, XLA
+computes matrix products faster than some convolutions, and much faster than most
+gradients of convolutions. There, these are matrix products over the kernel's taps,
+which add the same terms in another order. Large float32 convolutions of stride 1 are
+products of transformed tiles instead (`ulsad_jax.nn.winograd`). A convolution with an
+implementation besides XLA's can be differentiated in reverse mode only. The limits
+below were measured.
 
 Kernels are [kh, kw, in, out]; stride and padding are the same on both axes.
 """
@@ -28,26 +30,26 @@ from ulsad_jax.nn import winograd
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-# What is smaller stays XLA's own: the rest compiles longer than it saves.
+# Smaller convolutions use XLA's own: others would compile longer than they save.
 MANY_MULTIPLICATIONS = 2**24
-# From so many output channels on, a product pays for gathering the taps.
+# Number of output channels from which a product is worth gathering the taps.
 MANY_OUTPUTS = 768
-# Tiles pay for transforming a kernel of size k from so many output positions on, and
-# for compiling them from so many multiplications on.
+# By kernel size, number of output positions from which tiles are worth transforming the
+# kernel; and number of multiplications from which they are worth compiling.
 TILED_POSITIONS = {2: 1024, 3: 256, 5: 256}
 TILED_MULTIPLICATIONS = 2**29
-LARGE_TILE_POSITIONS = 1024  # of a 5 x 5, from where on tiles of 4 x 4 beat 2 x 2
-MANY_IMAGES = 32  # batches from here on are cut for the kernel's gradient
-CHUNK_ELEMENTS = 2**20  # of the taps held at once
+LARGE_TILE_POSITIONS = 1024  # for 5 x 5: from here on, 4 x 4 tiles beat 2 x 2 ones
+MANY_IMAGES = 32  # from here on, batches are split for the kernel's gradient
+CHUNK_ELEMENTS = 2**20  # number of tap elements held at once
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _plain = contextvars.ContextVar("plain", default=False)
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Whatever is traced inside has XLA's own convolutions on every platform.
+    """Makes code traced inside use XLA's own convolutions on every platform.
 
-    For converters, which know convolutions and no choice between platforms.
+    Converters need this: they support convolutions, but no choice between platforms.
     """
     token = _plain.set(True)
     try:
@@ -63,7 +65,17 @@ def convolve(
     stride: int,
     padding: int,
 ) -> Float[Array, "b oh ow o"]:
-    """Correlates, with zeros around the input."""
+    """Computes a cross-correlation with zero padding.
+
+    Args:
+        x: input, [b, h, w, i].
+        kernel: kernel, [kh, kw, i, o].
+        stride: stride on both axes.
+        padding: number of zeros on each side of both axes.
+
+    Returns:
+        Output, [b, oh, ow, o].
+    """
     native = functools.partial(_convolve_natively, stride=stride, padding=padding)
 
     def taps(x, kernel):
@@ -92,9 +104,19 @@ def convolve_transposed(
     stride: int,
     padding: int,
 ) -> Float[Array, "b oh ow o"]:
-    """Correlates the input spread out by the stride: PyTorch's transposed convolution.
+    """Computes PyTorch's transposed convolution with a flipped kernel.
 
-    The output has (n - 1) * stride - 2 * padding + k rows and columns.
+    It correlates the kernel with the input dilated by the stride. For n input rows, the
+    output has (n - 1) * stride - 2 * padding + k rows, and likewise for columns.
+
+    Args:
+        x: input, [b, h, w, i].
+        kernel: square kernel, [k, k, i, o].
+        stride: stride on both axes.
+        padding: number of rows and columns cut from each side of the output.
+
+    Returns:
+        Output, [b, oh, ow, o].
     """
     k = kernel.shape[0]
     if stride == 1:
@@ -119,7 +141,7 @@ def _convolve_natively(
     padding: int,
     dilation: int = 1,
 ) -> Float[Array, "b oh ow o"]:
-    """XLA's own; the dilation is the input's."""
+    """Computes XLA's own convolution, with `dilation` of the input."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -135,7 +157,7 @@ def _is_small(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> 
 
 
 def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> int | None:
-    """The tile of `winograd.convolve` that is the fastest on CPUs, if one is."""
+    """Returns the tile if `winograd.convolve` is the fastest on CPUs, else None."""
     (size, width, *_), positions = kernel.shape, _positions(x)
     if size != width:
         return None
@@ -149,13 +171,13 @@ def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> int 
 def _multiplications(
     x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]
 ) -> int:
-    """Of every position with the whole kernel."""
+    """Returns the number of products of every position with the whole kernel."""
     return _positions(x) * kernel.size
 
 
 def _positions(x: Float[Array, "b h w i"]) -> int:
     batch, height, width, _ = x.shape
-    # An exported function's batch is a symbol: it may be one image.
+    # The batch size of an exported function is a symbol: it may be one image.
     return height * width * (batch if isinstance(batch, int) else 1)
 
 
@@ -166,13 +188,13 @@ def _lower(
     backward: Callable,
     gpu: Callable | None = None,
 ) -> Callable:
-    """`native`; on CPUs, equal functions instead of it and to take gradients of.
+    """Returns `native`, replaced by equivalent functions on CPUs and GPUs.
 
     Args:
-        native: on all platforms that nothing else is for.
-        forward: on CPUs.
-        backward: on CPUs, what gradients are taken of.
-        gpu: on GPUs, for both.
+        native: function used on all platforms without another one.
+        forward: function used on CPUs.
+        backward: function whose gradients are used on CPUs.
+        gpu: function used on GPUs, also for gradients; `native` if None.
     """
     if _plain.get():
         return native
@@ -202,7 +224,10 @@ def _lower(
 def _with_chunked_kernel_gradient(
     native: Callable, stride: int, padding: int
 ) -> Callable:
-    """`native`; on CPUs, a large batch's gradient to the kernel is products."""
+    """Returns `native` with a faster kernel gradient of large batches on CPUs.
+
+    There, the gradient with respect to the kernel is computed by matrix products.
+    """
 
     def by_chunks(x, kernel, y):
         return _kernel_gradient_by_chunks(_pad(x, padding), kernel, y, stride)
@@ -231,9 +256,10 @@ def _kernel_gradient_by_chunks(
     y: Float[Array, "b oh ow o"],
     stride: int,
 ) -> Float[Array, "kh kw i o"]:
-    """An unpadded convolution's gradient to its kernel, a product for a few images.
+    """Returns the kernel gradient of an unpadded convolution.
 
-    The taps of a few images stay in the cache; those of a large batch would not.
+    Each chunk of a few images is one matrix product. The taps of a few images fit into
+    the cache; those of a large batch would not.
     """
     *window, o = kernel.shape
     share = CHUNK_ELEMENTS // (math.prod(y.shape[1:3]) * math.prod(window))
@@ -258,10 +284,10 @@ def _kernel_gradient_by_chunks(
 def _double(
     x: Float[Array, "b h w i"], kernel: Float[Array, "4 4 i o"]
 ) -> Float[Array, "b 2*h 2*w o"]:
-    """The transposed convolution 4, stride 2, padding 1, as four plain 2 x 2 ones.
+    """Computes a transposed convolution of size 4, stride 2 and padding 1.
 
-    An output row 2m + r sees the input rows m + r - 1 and m + r, through the kernel
-    rows r and r + 2.
+    It is computed as four plain 2 x 2 convolutions. Output row 2m + r depends on the
+    input rows m + r - 1 and m + r, through the kernel rows r and r + 2.
     """
     _, h, w, _ = x.shape
     x = _pad(x, 1)
@@ -277,12 +303,12 @@ def _double(
 def _double_at_once(
     x: Float[Array, "b h w i"], kernel: Float[Array, "4 4 i o"]
 ) -> Float[Array, "b 2*h 2*w o"]:
-    """As `_double`, but the four have one convolution, of 4 o outputs."""
+    """Computes `_double` as one convolution with 4 o output channels."""
     _, h, w, _ = x.shape
     phases = [(r, s) for r in (0, 1) for s in (0, 1)]
     kernels = jnp.concatenate([kernel[r::2, s::2] for r, s in phases], axis=-1)
     y = _convolve_natively(x, kernels, stride=1, padding=1)
-    parts = jnp.split(y, 4, axis=-1)  # each is wanted from its own row and column on
+    parts = jnp.split(y, 4, axis=-1)  # each is used from its own first row and column
     return _interleave(
         [
             part[:, r : r + h, s : s + w]
@@ -292,7 +318,7 @@ def _double_at_once(
 
 
 def _interleave(phases: list[Float[Array, "b h w o"]]) -> Float[Array, "b 2*h 2*w o"]:
-    """Even and odd rows and columns: (0, 0), (0, 1), (1, 0), (1, 1)."""
+    """Interleaves even and odd rows and columns: (0, 0), (0, 1), (1, 0), (1, 1)."""
     b, h, w, o = phases[0].shape
     y = jnp.stack(phases).reshape(2, 2, b, h, w, o)  # r s b m n o
     return y.transpose(2, 3, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, o)
@@ -301,7 +327,7 @@ def _interleave(phases: list[Float[Array, "b h w o"]]) -> Float[Array, "b 2*h 2*
 def _convolve_valid(
     x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]
 ) -> Float[Array, "b oh ow o"]:
-    """An unpadded convolution of stride 1 as products, of tiles or of taps."""
+    """Computes an unpadded convolution of stride 1 by products of tiles or of taps."""
     if tile := _tile(x, kernel):
         return winograd.convolve(x, kernel, 0, tile)
     return _convolve_taps(x, kernel, 1)
@@ -310,7 +336,7 @@ def _convolve_valid(
 def _convolve_taps(
     x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int
 ) -> Float[Array, "b oh ow o"]:
-    """An unpadded convolution as one matrix product over all taps."""
+    """Computes an unpadded convolution as one matrix product over all taps."""
     outputs = kernel.shape[-1]
     product = _multiply(_gather_taps(x, kernel, stride), kernel.reshape(-1, outputs))
     return product.reshape(-1, *_output_size(x, kernel, stride), outputs)
@@ -319,7 +345,7 @@ def _convolve_taps(
 def _gather_taps(
     x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int
 ) -> Float[Array, "b*oh*ow kh*kw*i"]:
-    """What an unpadded convolution multiplies, a row for every position."""
+    """Returns the inputs of an unpadded convolution's outputs, one row per output."""
     kh, kw, i, _ = kernel.shape
     ends = [stride * (n - 1) + 1 for n in _output_size(x, kernel, stride)]
     taps = [
@@ -333,18 +359,18 @@ def _gather_taps(
 def _output_size(
     x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int
 ) -> list[int]:
-    """Rows and columns of an unpadded convolution."""
+    """Returns the numbers of rows and columns that an unpadded convolution gives."""
     sizes = zip(x.shape[1:3], kernel.shape[:2], strict=True)
     return [(n - k) // stride + 1 for n, k in sizes]
 
 
 @jax.custom_vjp
 def _multiply(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
-    """A matrix product whose gradients are plain products, too.
+    """Multiplies two matrices, with gradients that are plain products, too.
 
-    XLA's CPU kernels want both factors as they lie in memory: transposing the smaller
-    ones beforehand costs little. Only with sums in float32 do they use a CPU's bfloat16
-    matrix unit.
+    XLA's CPU kernels are fast for factors that are not transposed. Transposing the
+    smaller ones beforehand costs little. The kernels use a CPU's bfloat16 matrix unit
+    only if sums are in float32.
     """
     return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 

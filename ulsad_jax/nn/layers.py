@@ -1,8 +1,8 @@
-"""Layers with PyTorch's conventions, which the published networks rely on.
+"""Layers with PyTorch's conventions, on which the published networks rely.
 
-Kernels are stored the way XLA convolves them, [kh, kw, in, out]; those of
-transposed convolutions are already flipped, so that both kinds are correlations
-(`ulsad_jax.trunks.torch_names` converts). Activations are NHWC.
+Kernels are stored in XLA's order, [kh, kw, in, out]. Kernels of transposed convolutions
+are stored flipped, so that both kinds are correlations (`ulsad_jax.trunks.torch_names`
+converts them). Activations are NHWC.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 def normalize_image(
     image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"],
 ) -> Float[Array, "b h w 3"]:
-    """Standardises RGB by ImageNet's mean and deviation.
+    """Standardises RGB images by ImageNet's mean and standard deviation.
 
     Args:
-        image: uint8 in 0..255, or float in 0..1.
+        image: RGB images [b, h, w, 3], uint8 in 0..255 or float in 0..1.
 
     Returns:
-        float32, whatever the input.
+        Standardised images, float32 [b, h, w, 3].
     """
     if image.dtype == jnp.uint8:
         image = image.astype(jnp.float32) / 255.0
@@ -55,10 +55,14 @@ def normalize_image(
 
 
 def resize_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "n_out n_in"]:
-    """Bilinear resampling of one axis as a matrix, in float64.
+    """Returns the matrix of bilinear resampling along one axis, in float64.
 
-    Half-pixel centres, clamped at the edges, never antialiased: what PyTorch's
-    `interpolate(mode="bilinear", align_corners=False)` does.
+    Sampling points are half-pixel centres, clamped at the edges, without antialiasing.
+    This equals PyTorch's `interpolate(mode="bilinear", align_corners=False)`.
+
+    Args:
+        n_in: size of the input.
+        n_out: size of the output.
     """
     position = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
     position = np.clip(position, 0, n_in - 1)
@@ -86,16 +90,16 @@ def resize(
 
 
 class Conv(nn.Module):
-    """2-D convolution.
+    """A 2-D convolution.
 
     Attributes:
-        features: output channels.
-        kernel_size: (height, width).
-        stride: of both axes.
-        padding: zeros on each side of both axes.
-        use_bias: adds a bias, drawn from PyTorch's default.
-        kernel_init: draws the kernel.
-        dtype: computation type; parameters are float32.
+        features: number of output channels.
+        kernel_size: (height, width) of the kernel.
+        stride: stride on both axes.
+        padding: number of zeros on each side of both axes.
+        use_bias: True to add a bias, initialised with PyTorch's default.
+        kernel_init: initialiser of the kernel.
+        dtype: type of the computation; parameters are float32.
     """
 
     features: int
@@ -108,7 +112,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow features"]:
-        """Convolves."""
+        """Computes the convolution of `x`."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         y = convolve(
@@ -123,10 +127,17 @@ class Conv(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """2-D transposed convolution (PyTorch's `ConvTranspose2d`).
+    """A 2-D transposed convolution (PyTorch's `ConvTranspose2d`).
 
-    The output has (n - 1) * stride - 2 * padding + kernel_size rows and columns.
-    Attributes are those of `Conv`, with a square kernel and always a bias.
+    The output has (n - 1) * stride - 2 * padding + kernel_size rows and columns for n
+    input rows and columns. The kernel is square, and a bias is always added.
+
+    Attributes:
+        features: number of output channels.
+        kernel_size: height and width of the kernel.
+        stride: stride on both axes.
+        padding: number of rows and columns cut from each side of the output.
+        dtype: type of the computation; parameters are float32.
     """
 
     features: int
@@ -137,9 +148,9 @@ class ConvTranspose(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow features"]:
-        """Convolves the input, spread out by the stride."""
+        """Computes the transposed convolution of `x`."""
         k = self.kernel_size
-        # A name of its own: PyTorch lays these kernels out differently.
+        # Named differently, because PyTorch stores these kernels in another order.
         kernel = self.param(
             "transposed_kernel", xavier_uniform, (k, k, x.shape[-1], self.features)
         )
@@ -149,12 +160,12 @@ class ConvTranspose(nn.Module):
             stride=self.stride,
             padding=self.padding,
         )
-        # PyTorch reads the fan-in off the second axis of its (in, out, kh, kw).
+        # PyTorch takes the fan-in from the second axis of its (in, out, kh, kw).
         return y + _bias(self, self.features * k * k).astype(self.dtype)
 
 
 def _bias(layer: Conv | ConvTranspose, fan_in: int) -> Float[Array, " features"]:
-    """A bias drawn uniformly from +-1 / sqrt(fan_in)."""
+    """Returns the bias of a layer, initialised uniformly in +-1 / sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key, shape):
@@ -166,14 +177,15 @@ def _bias(layer: Conv | ConvTranspose, fan_in: int) -> Float[Array, " features"]
 class BatchNorm(nn.Module):
     """Batch normalisation with PyTorch's running statistics.
 
-    A batch is normalised by its biased variance while the running variance collects
-    the unbiased one, n / (n - 1) larger; Flax's own layer stores the biased one.
-    Statistics are float32 whatever the input.
+    A batch is normalised by its biased variance. The running variance averages the
+    unbiased one, which is larger by a factor of n / (n - 1); Flax's own layer averages
+    the biased one. Statistics are float32 for every input type.
 
     Attributes:
-        epsilon: added to the variance.
-        affine: scales and shifts by learned parameters.
-        axis_name: of the mapped axis (`jax.pmap`) over which the batch is spread.
+        epsilon: small number added to the variance.
+        affine: True to scale and shift by learned parameters.
+        axis_name: name of the mapped axis (`jax.pmap`) over which the batch is
+            distributed; None if it is not distributed.
     """
 
     epsilon: float = 1e-5
@@ -184,7 +196,7 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], *, train: bool
     ) -> Float[Array, "b h w c"]:
-        """Normalises, by the batch if `train`, else by the running statistics."""
+        """Normalises `x` by the batch if `train`, else by the running statistics."""
         channels = (x.shape[-1],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels)
@@ -213,5 +225,5 @@ class BatchNorm(nn.Module):
         return mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name)
 
     def _shares(self) -> int:
-        """How many equal parts the batch is in."""
+        """Returns the number of equal parts into which the batch is divided."""
         return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)

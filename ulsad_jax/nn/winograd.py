@@ -1,12 +1,13 @@
 """Convolutions of stride 1 with fewer multiplications (Winograd's minimal filtering).
 
-m x m outputs of a k x k kernel are m k x m k multiplications for each pair of channels.
-As a product of polynomials, m outputs and k weights of one axis need n = m + k - 1:
-transform tiles of n x n inputs and the kernel, multiply value by value, transform back
-(S. Winograd, Arithmetic Complexity of Computations, 1980; A. Lavin and S. Gray, Fast
-Algorithms for Convolutional Neural Networks, CVPR 2016). The values of all tiles and
-channels make n x n matrix products. Sums are taken in another order than in a direct
-convolution, and of larger terms: float32 results differ by up to 1e-5 of their norm.
+For each pair of channels, m x m outputs of a k x k kernel take m k x m k
+multiplications. As a product of polynomials, m outputs and k weights along one axis
+need n = m + k - 1 multiplications. Tiles of n x n inputs and the kernel are
+transformed, multiplied elementwise and transformed back (S. Winograd, Arithmetic
+Complexity of Computations, 1980; A. Lavin and S. Gray, Fast Algorithms for
+Convolutional Neural Networks, CVPR 2016). Over all tiles and channels, the elementwise
+products are n * n matrix products. Sums are taken in another order than in a direct
+convolution, and over larger terms: float32 results differ by up to 1e-5 of their norm.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ if TYPE_CHECKING:
 
     Grid = Sequence[Sequence[Array]] | Array
 
-# Where polynomials are evaluated, besides at infinity: small numbers, small errors.
+# Points at which polynomials are evaluated, besides infinity. They are small to keep
+# errors small.
 POINTS = (0, 1, -1, 2, -2, 0.5, -0.5)
-# From so many factors on, a transform is one product: XLA would compute the sums along
-# one axis anew for every sum along the other.
+# Number of matrix elements from which a transform is one product. XLA would otherwise
+# recompute the sums along one axis for every sum along the other.
 LARGE_TRANSFORM = 24
 
 
 class Transforms(NamedTuple):
-    """Of one axis: y = output.T @ ((input @ x) * (kernel @ w)).
+    """The transforms of one axis: y = output.T @ ((input @ x) * (kernel @ w)).
 
     Attributes:
-        input: [n, n], of n inputs.
-        kernel: [n, k], of the kernel.
-        output: [n, m], whose transpose leads to the m outputs.
+        input: transform of n inputs, [n, n].
+        kernel: transform of k weights, [n, k].
+        output: matrix whose transpose gives the m outputs, [n, m].
     """
 
     input: Float[np.ndarray, "n n"]
@@ -47,7 +49,7 @@ class Transforms(NamedTuple):
 
 @functools.cache
 def make_transforms(m: int, k: int) -> Transforms:
-    """The transforms for m outputs at a time of a kernel of size k."""
+    """Returns the transforms for m outputs at a time and a kernel of size k."""
     points = POINTS[: m + k - 2]
 
     def evaluate(length):
@@ -57,20 +59,29 @@ def make_transforms(m: int, k: int) -> Transforms:
     kernel, output = evaluate(k), evaluate(m)
     for i, point in enumerate(points):
         kernel[i] /= np.prod([point - other for other in points if other != point])
-    # The outputs are right for every input if, of this, each (i, j) picks input i + j.
+    # The outputs are right for every input if product (i, j) selects input i + j.
     products = (output[:, :, None] * kernel[:, None]).reshape(m + k - 1, m * k)
     picked = np.add.outer(np.arange(m), np.arange(k)).reshape(-1)
     solved = np.linalg.lstsq(products.T, np.eye(m + k - 1)[picked], rcond=None)[0]
-    return Transforms(np.round(solved, 9), kernel, output)  # zeros are zeros then
+    return Transforms(np.round(solved, 9), kernel, output)  # makes zeros exact
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(
     x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], padding: int, m: int
 ) -> Float[Array, "b oh ow o"]:
-    """Correlates with zeros around the input, in tiles of m x m outputs.
+    """Computes a cross-correlation with zero padding, in tiles of m x m outputs.
 
     It can be differentiated in reverse mode only, once.
+
+    Args:
+        x: input, [b, h, w, i].
+        kernel: square kernel, [k, k, i, o].
+        padding: number of zeros on each side of both axes.
+        m: height and width of a tile of outputs.
+
+    Returns:
+        Output, [b, oh, ow, o].
     """
     transforms = make_transforms(m, len(kernel))
     kernels = _transform(transforms.kernel, kernel)
@@ -85,11 +96,11 @@ def _backward(padding, m, inputs, y):
     x, kernel = inputs
     k = len(kernel)
     transforms = make_transforms(m, k)
-    # To the input: a convolution with the kernel turned around.
+    # Gradient of the input: a convolution with the flipped kernel.
     turned = _transform(transforms.kernel[:, ::-1], kernel)
     turned = [[each.T for each in row] for row in turned]
     to_x = _multiply(y, turned, transforms, k - 1 - padding)
-    # To the kernel: the products' gradients, and the transforms' transposes.
+    # Gradient of the kernel: the products' gradients, then the transposed transforms.
     counts = [-(-size // m) for size in y.shape[1:3]]
     values = _transform_tiles(transforms.input, x, counts, m, padding)
     cotangents = _transform_tiles(transforms.output, y, counts, m, 0)
@@ -107,7 +118,7 @@ convolve.defvjp(_forward, _backward)
 def _multiply(
     x: Float[Array, "b h w i"], kernels: Grid, transforms: Transforms, padding: int
 ) -> Float[Array, "b oh ow o"]:
-    """Convolves with an already transformed kernel, n x n arrays [i, o]."""
+    """Convolves with a transformed kernel, given as n x n arrays [i, o]."""
     k, m = transforms.kernel.shape[1], transforms.output.shape[1]
     b = x.shape[0]  # a symbol in an exported function
     height, width = (size + 2 * padding - k + 1 for size in x.shape[1:3])
@@ -129,14 +140,18 @@ def _transform_tiles(
     m: int,
     padding: int,
 ) -> Grid:
-    """Transforms tiles of t x t, m apart: n x n arrays [b, rows, columns, c].
+    """Cuts an input into tiles of t x t and transforms them.
 
     Args:
-        matrix: of both axes.
-        x: to be cut into tiles.
-        counts: of tiles in a column and in a row.
-        m: from one tile's start to the next one's.
-        padding: zeros before the first row and column; as many as needed come after.
+        matrix: transform of both axes, [n, t].
+        x: input, [b, h, w, c].
+        counts: numbers of tiles along the height and the width.
+        m: distance between the starts of neighbouring tiles.
+        padding: number of zeros before the first row and column. As many zeros as
+            needed are added after the last ones.
+
+    Returns:
+        n x n arrays [b, rows, columns, c], where rows and columns are `counts`.
     """
     ends = [(count - 1) * m + matrix.shape[1] for count in counts]
     after = [end - size - padding for end, size in zip(ends, x.shape[1:3], strict=True)]
@@ -156,7 +171,7 @@ def _transform_tiles(
 
 
 def _transform(matrix: Float[np.ndarray, "a n"], grid: Grid) -> Grid:
-    """The product of the matrix, a grid of n x n arrays, and the matrix transposed."""
+    """Returns matrix @ grid @ matrix.T for a grid of n x n arrays."""
     if matrix.size >= LARGE_TRANSFORM:
         stacked, (a, n) = _stack(grid), matrix.shape
         both = jnp.asarray(np.kron(matrix, matrix), stacked.dtype)
@@ -166,14 +181,14 @@ def _transform(matrix: Float[np.ndarray, "a n"], grid: Grid) -> Grid:
 
 
 def _stack(grid: Grid) -> Float[Array, "rows columns ..."]:
-    """A grid of arrays as one array."""
+    """Stacks a grid of arrays into one array."""
     if isinstance(grid, jax.Array):
         return grid
     return jnp.stack([jnp.stack(row) for row in grid])
 
 
 def _mix(matrix: Float[np.ndarray, "a n"], arrays: Sequence[Array]) -> list[Array]:
-    """The product of the matrix and a column of arrays."""
+    """Returns the product of a matrix and a column of arrays."""
     return [
         functools.reduce(
             jnp.add,

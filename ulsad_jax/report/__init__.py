@@ -1,1 +1,1 @@
-"""What a run shows a person."""
+"""Draws the pictures and writes the report and tables of a run."""

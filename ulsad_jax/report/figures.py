@@ -1,4 +1,4 @@
-"""Heatmap pictures at one fixed scale."""
+"""Draws heatmap pictures at one fixed scale."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 COLORMAP = "inferno"
 OVERLAY = 0.6  # share of the heatmap in the overlay
 CONTOUR = (0, 255, 0)
-UNKNOWN = 128  # grey of the panel of a ground truth that is not known
+UNKNOWN = 128  # grey value of the panel if the ground truth is unknown
 GAP = 4  # white pixels between the panels
 
 
 def heatmap(
     anomaly_map: Float[np.ndarray, "h w"], low: float, high: float
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Colours a map: `low` and below coldest, `high` and above hottest."""
+    """Colours a map: `low` and below are coldest, `high` and above are hottest."""
     scaled = np.clip((anomaly_map - low) / (high - low), 0, 1)
     colors = (matplotlib.colormaps[COLORMAP](np.arange(256))[:, :3] * 255).astype(
         np.uint8
@@ -38,14 +38,14 @@ def overlay(
     low: float,
     high: float,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The heatmap over the image, and the predicted mask outlined.
+    """Draws the heatmap over the image, and the outline of the predicted mask.
 
     Args:
-        image: of any size.
-        mask: the predicted one, of the image's size.
-        anomaly_map: of the image's size.
-        low: the value drawn coldest.
-        high: the value drawn hottest.
+        image: image of any size.
+        mask: predicted mask, at the size of the image.
+        anomaly_map: anomaly map, at the size of the image.
+        low: map value that is drawn coldest.
+        high: map value that is drawn hottest.
     """
     hot = Image.fromarray(heatmap(anomaly_map, low, high))
     drawn = np.array(Image.blend(Image.fromarray(image), hot, OVERLAY))
@@ -62,15 +62,15 @@ def picture(
     high: float,
     threshold: float,
 ) -> UInt8[np.ndarray, "h 3*w+8 3"]:
-    """The image, its ground truth outlined, and the overlay, side by side.
+    """Draws image, ground truth and overlay side by side.
 
     Args:
-        image: at model resolution.
-        mask: its ground truth; None draws a grey panel.
-        anomaly_map: its map.
-        low: the value drawn coldest.
-        high: the value drawn hottest.
-        threshold: above it is the predicted mask, outlined in the overlay.
+        image: image at model resolution.
+        mask: ground truth, drawn as an outline; None for a grey panel.
+        anomaly_map: anomaly map at model resolution.
+        low: map value that is drawn coldest.
+        high: map value that is drawn hottest.
+        threshold: pixel threshold; the mask above it is outlined in the overlay.
     """
     if mask is None:
         outlined = np.full_like(image, UNKNOWN)

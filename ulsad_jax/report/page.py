@@ -1,19 +1,17 @@
-"""report.html: a whole run in one file, which asks for nothing from elsewhere."""
+"""Composes report.html: a whole run in one file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 from string import Template
 
-from ulsad_jax.report import run_files, sections
+from ulsad_jax.report import sections
+from ulsad_jax.report.content import RunFiles
 from ulsad_jax.report.style import STYLE
-from ulsad_jax.runtime import files
 
-REPORT = "report.html"
-MAX_PICTURES = 240  # of all categories together: about 4 MB at 256 x 256 pixels
+MAX_PICTURES = 240  # in all categories together; about 4 MB at 256 x 256
 
-# The policy forbids scripts and the network, whatever a name should smuggle in.
+# The policy forbids scripts and network access, in case a name contains HTML.
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -33,13 +31,8 @@ $content
 """)
 
 
-def write(workdir: Path) -> None:
-    """Writes a run's report from the files that are in its folder."""
-    files.replace(workdir / REPORT, compose(run_files.read(workdir)))
-
-
-def compose(run: run_files.RunFiles) -> str:
-    """The page of a run."""
+def compose(run: RunFiles) -> str:
+    """Returns the report of a run as an HTML page."""
     categories = run.categories
     limit = max(1, MAX_PICTURES // len(categories))
     links = "".join(

@@ -1,4 +1,4 @@
-"""Pictures of test images: which ones, and their files."""
+"""Chooses the test images to draw and writes their pictures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ulsad_jax.report import figures
-from ulsad_jax.runs import evaluation, results
-from ulsad_jax.scoring import prediction as inference
+from ulsad_jax.runtime import files
+from ulsad_jax.scoring.prediction import Prediction, Weights
+from ulsad_jax.scoring.split import Truth
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -20,25 +21,25 @@ if TYPE_CHECKING:
 
 def write(
     folder: Path,
-    prediction: inference.Prediction,
-    truth: evaluation.Truth,
+    prediction: Prediction,
+    truth: Truth,
     stems: Sequence[str],
-    weights: inference.Weights,
+    weights: Weights,
     *,
     limit: int,
 ) -> list[tuple[str, UInt8[np.ndarray, "h w 3"]]]:
-    """Writes pictures of each type in place of what was there.
+    """Writes pictures of each type, and removes those of earlier evaluations.
 
     Args:
-        folder: of the pictures.
-        prediction: of the test images.
-        truth: of the same.
-        stems: of their files.
-        weights: have the range of colours and the thresholds.
-        limit: pictures of each type; -1 for all.
+        folder: folder of the pictures.
+        prediction: prediction of the test images.
+        truth: labels, masks and pixels of the same images.
+        stems: file names of the images, without suffix.
+        weights: weights that hold the colour range and the pixel threshold.
+        limit: number of pictures of each type; -1 for all.
 
     Returns:
-        One picture a type and its name, for TensorBoard.
+        The name and one picture of each type, for TensorBoard.
     """
     calibration = weights.calibration
     shutil.rmtree(folder, ignore_errors=True)
@@ -48,7 +49,7 @@ def write(
         sign = -1 if truth.labels[rows[0]] == 0 else 1
         rows.sort(key=lambda i, s=sign: s * prediction.score[i])
         rows = choose(rows, limit)
-        target = folder / results.file_name(kind)
+        target = folder / files.safe_name(kind)
         target.mkdir(parents=True, exist_ok=True)
         for i in rows:
             drawn = figures.picture(
@@ -59,14 +60,19 @@ def write(
                 high=calibration.display_high,
                 threshold=weights.thresholds.pixel,
             )
-            Image.fromarray(drawn).save(target / results.file_name(stems[i], ".png"))
+            Image.fromarray(drawn).save(target / files.safe_name(stems[i], ".png"))
             if i == rows[0]:
                 shown.append((f"test/{kind}", drawn))
     return shown
 
 
 def choose(rows: list[int], limit: int) -> list[int]:
-    """Of rows, the most wrongly scored first: half such ones, the others spread."""
+    """Returns at most `limit` rows: half are the first, half are spread over the rest.
+
+    Args:
+        rows: indices of images, the most wrongly scored first.
+        limit: number of rows; negative for all.
+    """
     if limit < 0 or limit >= len(rows):
         return rows
     worst = -(-limit // 2)

@@ -1,4 +1,4 @@
-"""Curves and histograms as inline SVG, coloured by the page's style sheet."""
+"""Draws curves and histograms as inline SVG, coloured by the page's style sheet."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 
 WIDTH, HEIGHT = 380, 270
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 40
-COLORS = 8  # of the style sheet: .c0 to .c7
-ROW, BINS = 54, 40  # height of a histogram, and its bars
+COLORS = 8  # number of colours in the style sheet, .c0 to .c7
+ROW, BINS = 54, 40  # height of a histogram, number of its bars
 
 
 class Line(NamedTuple):
     """A line of a plot.
 
     Attributes:
-        name: in the legend.
-        x: of its points, ascending.
-        y: of its points.
-        dots: whether to mark the points.
+        name: name in the legend.
+        x: x coordinates of the points, ascending.
+        y: y coordinates of the points.
+        dots: True to mark the points.
     """
 
     name: str
@@ -32,13 +32,13 @@ class Line(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """An axis.
+    """An axis of a plot.
 
     Attributes:
-        label: beside it.
-        low: where it begins.
-        high: where it ends, above `low`.
-        is_log: whether it is logarithmic; `low` is above 0 then.
+        label: text beside the axis.
+        low: value at the start.
+        high: value at the end, greater than `low`.
+        is_log: True for a logarithmic axis, which needs `low` above 0.
     """
 
     label: str
@@ -47,14 +47,14 @@ class Axis(NamedTuple):
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        """0 at the axis's beginning, 1 at its end."""
+        """Returns a value's position on the axis: 0 at the start, 1 at the end."""
         low, high = self.low, self.high
         if self.is_log:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """A few round values."""
+        """Returns a few round values on the axis."""
         if self.is_log:
             decades = range(
                 math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1
@@ -72,7 +72,7 @@ class Axis(NamedTuple):
 
 
 def fit_axis(label: str, values: Sequence[float]) -> Axis:
-    """An axis that all values fit on: logarithmic if all are above 0."""
+    """Returns an axis that holds all values; it is logarithmic if all are above 0."""
     low, high = min(values), max(values)
     if low > 0:
         return Axis(label, low / 1.1, high * 1.1, is_log=True)
@@ -81,7 +81,7 @@ def fit_axis(label: str, values: Sequence[float]) -> Axis:
 
 
 def draw_lines(title: str, lines: Sequence[Line], *, x: Axis, y: Axis) -> str:
-    """A figure of lines with a legend; nothing of a line beyond x's end is seen."""
+    """Returns a figure of lines with a legend; lines end with the x axis."""
     inner = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def at(px: float, py: float) -> tuple[float, float]:
@@ -112,14 +112,14 @@ def draw_histograms(
     threshold: float,
     label: str,
 ) -> str:
-    """A figure of histograms, one below the other, over one axis.
+    """Returns a figure of histograms, one below the other, over one axis.
 
     Args:
-        title: of the figure.
-        rows: values by name, at least one name with a value.
-        normal: the names that are drawn as normal.
-        threshold: where to draw a line through all of them.
-        label: of the axis.
+        title: title of the figure.
+        rows: values by name; at least one name has a value.
+        normal: names that are drawn in the colour of normal images.
+        threshold: value at which a line is drawn through all histograms.
+        label: label of the axis.
     """
     values = [v for row in rows.values() for v in row] + [threshold]
     margin = 0.03 * (max(values) - min(values)) or 0.5
@@ -157,7 +157,7 @@ def draw_histograms(
 
 
 def _cut(line: Line, high: float) -> list[tuple[float, float]]:
-    """The points up to `high`, with one interpolated there."""
+    """Returns the points up to `high`, with one interpolated at `high`."""
     points = list(zip(line.x, line.y, strict=True))
     inside = [p for p in points if p[0] <= high]
     if inside and len(inside) < len(points):

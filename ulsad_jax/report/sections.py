@@ -1,4 +1,4 @@
-"""The parts of the report's page; every name from outside is escaped."""
+"""Writes the sections of the report as HTML; every external name is escaped."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from PIL import Image
 
 from ulsad_jax.data.records import GOOD
 from ulsad_jax.metrics.curves import Curve, find_tie_ends, make_curve, thin
+from ulsad_jax.metrics.values import mean_row
+from ulsad_jax.report import tables
+from ulsad_jax.report.content import CategoryFiles, RunFiles, Shown
 from ulsad_jax.report.plots import Axis, Line, draw_histograms, draw_lines, fit_axis
-from ulsad_jax.report.run_files import CategoryFiles, RunFiles, Scored
-from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import results
+from ulsad_jax.runtime.nested import flatten
 
 DASH = "–"
-PRO_LIMIT = 0.3  # where the axis of PRO and sPRO ends, as AUPRO does
-QUALITY = 80  # of the gallery's pictures, as WebP
+PRO_LIMIT = 0.3  # end of the x axis of PRO and sPRO; limit of AUPRO
+QUALITY = 80  # WebP quality of the pictures
 VALIDATION = "validation normals"
 
 
 def describe_protocol(run: RunFiles) -> str:
-    """What the numbers rest on, in chips, and the mark of a selection on test."""
+    """Returns the settings behind the results, and warnings about them."""
     trunk, size = run.about["trunk"], run.about["image_size"]
     facts = {
         "data": run.config["dataset"]["name"],
-        "trunk": f"{trunk['architecture']}, {trunk['source']}",
+        "method": run.about["method"],
+        "trunk": f"{trunk['architecture']}, {trunk['source']}" if trunk else "none",
         "image size": f"{size[0]} × {size[1]}",
         "checkpoint": run.about["selection"],
         "calibration": run.about["calibration"],
@@ -46,7 +48,7 @@ def describe_protocol(run: RunFiles) -> str:
             "checkpoint is the best of these very test images (the reference's "
             "protocol): do not compare with honest results.</p>"
         )
-    if trunk["source"].startswith("random"):
+    if trunk and trunk["source"].startswith("random"):
         marks += (
             '<p class="note">The trunk has random weights, whose features detect '
             "little: expect poor numbers.</p>"
@@ -55,38 +57,36 @@ def describe_protocol(run: RunFiles) -> str:
 
 
 def tabulate_results(run: RunFiles) -> str:
-    """The headline metrics of all categories, and those of each type."""
+    """Returns tables of the headline metrics of all categories, and of each type."""
     rows = {category.name: category.metrics for category in run.categories}
-    tables = [_tabulate_metrics("Results", rows, results.TABLE)]
-    for metric, title in results.BY_TYPE.items():
-        kinds = sorted(
-            {k for row in rows.values() for k in row if k.startswith(f"{metric}/")}
-        )
-        if kinds:
+    titles = tables.columns(run.about)
+    shown = [_tabulate_metrics("Results", rows, titles)]
+    for metric, title in titles.items():
+        if kinds := tables.split_types(metric, rows):
             columns = {kind: kind.partition("/")[2] for kind in kinds}
             title = title[0].upper() + title[1:]
-            tables.append(_tabulate_metrics(f"{title} by type", rows, columns))
+            shown.append(_tabulate_metrics(f"{title} by type", rows, columns))
     if not any(row.get("test_images") for row in rows.values()):
-        tables = ['<p class="note">There are no test images: nothing is measured.</p>']
+        shown = ['<p class="note">There are no test images: nothing is measured.</p>']
     notes = "".join(
         f'<p class="note">{escape(f"{name}, {note}")}</p>'
         for name, row in rows.items()
-        for note in results.pixel_notes(row)
+        for note in tables.pixel_notes(row)
     )
-    return "".join(tables) + notes + _tabulate_decisions(run.categories)
+    return "".join(shown) + notes + _tabulate_decisions(run.categories)
 
 
 def draw_category(category: CategoryFiles) -> str:
-    """All figures of a category that its files have something for."""
+    """Returns the figures of a category for which its files have data."""
     return f'<div class="figures">{"".join(_figures(category))}</div>'
 
 
 def show_gallery(category: CategoryFiles, limit: int) -> str:
-    """The pictured images, the worst misses and false alarms first.
+    """Returns the pictures of a category, the worst misses and false alarms first.
 
     Args:
-        category: whose.
-        limit: of pictures.
+        category: content of the category's folder.
+        limit: largest number of pictures.
     """
     rows = category.by_badness()
     if not rows:
@@ -103,7 +103,7 @@ def show_gallery(category: CategoryFiles, limit: int) -> str:
 
 
 def tabulate_stages(categories: Sequence[CategoryFiles]) -> str:
-    """Time and memory of each stage, as it was last run."""
+    """Returns a table of the time and memory of each stage in its last run."""
     rows = [
         (
             category.name,
@@ -127,7 +127,7 @@ def tabulate_stages(categories: Sequence[CategoryFiles]) -> str:
 
 
 def tabulate_all_metrics(run: RunFiles) -> str:
-    """Every metric of every category as results.json has it."""
+    """Returns a table of every metric in results.json, by category."""
     names = dict.fromkeys(k for c in run.categories for k in c.metrics)
     rows = [
         (name, *(_number(c.metrics.get(name, math.nan)) for c in run.categories))
@@ -138,9 +138,9 @@ def tabulate_all_metrics(run: RunFiles) -> str:
 
 
 def tabulate_config(run: RunFiles) -> str:
-    """The configuration and the versions."""
-    fields = [(name, str(value)) for name, value in config_lib.flatten(run.config)]
-    trunk = [(f"trunk {k}", str(v)) for k, v in run.about["trunk"].items()]
+    """Returns tables of the configuration, the versions and the trunk."""
+    fields = [(name, str(value)) for name, value in flatten(run.config)]
+    trunk = [(f"trunk {k}", str(v)) for k, v in (run.about["trunk"] or {}).items()]
     versions = list(run.about["versions"].items())
     return _fold("Configuration", _table("", ("field", "value"), fields)) + _fold(
         "Versions and trunk", _table("", ("what", "which"), [*versions, *trunk])
@@ -157,7 +157,7 @@ def _figures(category: CategoryFiles) -> Iterable[str]:
 def _draw_histograms(category: CategoryFiles) -> Iterable[str]:
     rows = {VALIDATION: category.basis["validation_scores"]}
     for kind in category.types:
-        rows[kind] = [row.score for row in category.scores if row.type == kind]
+        rows[kind] = [row.result.score for row in category.scores if row.type == kind]
     yield draw_histograms(
         "Scores",
         rows,
@@ -168,7 +168,7 @@ def _draw_histograms(category: CategoryFiles) -> Iterable[str]:
 
 
 def _draw_roc(category: CategoryFiles) -> Iterable[str]:
-    """ROC over images, of all and of each type; of pixels apart."""
+    """Yields the ROC curves of images, overall and by type, and that of pixels."""
     rate = Axis("false positive rate", 0, 1)
     found = Axis("true positive rate", 0, 1)
     kinds = [kind for kind in category.types if kind != GOOD]
@@ -227,13 +227,13 @@ def _draw_losses(epochs: Sequence[Mapping[str, float]]) -> Iterable[str]:
         )
 
 
-def _roc(rows: Sequence[Scored]) -> Curve | None:
-    """None unless there are both normal and anomalous images."""
-    order = sorted(rows, key=lambda row: -row.score)
+def _roc(rows: Sequence[Shown]) -> Curve | None:
+    """Returns the ROC curve; None unless there are both normal and anomalous images."""
+    order = sorted(rows, key=lambda row: -row.result.score)
     defective = np.array([row.is_defective for row in order], bool)
     if not defective.any() or defective.all():
         return None
-    ends = find_tie_ends(np.array([row.score for row in order]))
+    ends = find_tie_ends(np.array([row.result.score for row in order]))
     counts = [np.cumsum(of)[ends] for of in (~defective, defective)]
     return thin(make_curve(*(np.diff(c, prepend=0) for c in counts)))
 
@@ -244,21 +244,23 @@ def _line(name: str, curve: Curve, value: float | None, where: str = "") -> Line
 
 
 def _at_best(category: CategoryFiles, name: str) -> tuple[float | None, str]:
-    """A pixel metric at the resolution of the category's curves, and a word on it."""
+    """Returns a pixel metric at the resolution of the curves, and a label for it."""
     if (original := category.metrics.get(f"{name}_original")) is not None:
         return original, ", original resolution"
     return category.metrics.get(name), ""
 
 
-def _show_card(row: Scored) -> str:
+def _show_card(row: Shown) -> str:
     verdict = {
         (True, False): "missed",
         (False, True): "false alarm",
         (True, True): "found",
         (False, False): "passed",
-    }[row.is_defective, row.is_anomalous]
+    }[row.is_defective, row.result.is_anomalous]
     style = "wrong" if row.is_wrong else "right"
     name = escape(row.name)
+    parts = ", ".join(f"{escape(k)} {v:.3g}" for k, v in row.result.scores.items())
+    parts = f" ({parts})" if len(row.result.scores) > 1 else ""
     with Image.open(row.picture) as picture:
         data = io.BytesIO()
         picture.convert("RGB").save(data, "WEBP", quality=QUALITY)
@@ -269,8 +271,8 @@ def _show_card(row: Scored) -> str:
         f'alt="{name}: image, ground truth, heatmap" width="{width}" '
         f'height="{height}"><figcaption>'
         f'<b class="{style}">{verdict}</b> <span class="file">{name}</span> '
-        f'<span class="scores">score {row.score:.4g} (structural '
-        f"{row.local:.3g}, logical {row.global_:.3g})</span></figcaption></figure>"
+        f'<span class="scores">score {row.result.score:.4g}{parts}</span>'
+        "</figcaption></figure>"
     )
 
 
@@ -280,7 +282,7 @@ def _tabulate_metrics(
     columns = {k: v for k, v in columns.items() if any(k in r for r in rows.values())}
     shown = dict(rows)
     if len(rows) > 1:
-        shown["mean"] = results.mean_row(rows)
+        shown["mean"] = mean_row(rows)
     cells = [
         (name, *(_percent(row.get(key, math.nan)) for key in columns))
         for name, row in shown.items()

@@ -1,4 +1,4 @@
-"""The report's style sheet: system fonts, light and dark, wide and narrow."""
+"""Defines the report's style sheet: system fonts, light and dark, wide and narrow."""
 
 STYLE = """
 :root {

@@ -1,1 +1,1 @@
-"""Runs: their config, training, evaluation and results."""
+"""Trains and evaluates runs: their config, categories and results."""

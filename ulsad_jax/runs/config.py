@@ -1,31 +1,44 @@
-"""Checks a config once, and keeps it beside the run."""
+"""Validates configs, and saves and loads them with a run."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from ulsad_jax.command_line import SELECTIONS
-from ulsad_jax.data.layouts import LAYOUTS
-from ulsad_jax.methods.ulsad.local import ACTIVATIONS
+from ulsad_jax.data import layouts
+from ulsad_jax.methods import base as methods
+from ulsad_jax.metrics import base as metrics
 from ulsad_jax.runtime import files
 from ulsad_jax.runtime.devices import BACKENDS
 from ulsad_jax.runtime.errors import UserError
-from ulsad_jax.trunks.pyramid import LAYERS
-from ulsad_jax.trunks.resnet import ARCHITECTURES
-from ulsad_jax.trunks.weights import BUILTIN_ARCHITECTURE
+from ulsad_jax.runtime.nested import flatten
+from ulsad_jax.runtime.rules import (
+    BELOW_ONE,
+    BOOLEAN,
+    FRACTION,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    SHARE,
+    Rule,
+    at_least,
+    one_of,
+)
+from ulsad_jax.trunks import base as trunks
 
-# Of config.json. To be raised whenever a field is added or means another thing, so that
-# earlier versions refuse what they would misread.
+# Format of config.json. Raise it when a field is added or changes its meaning, so that
+# earlier versions reject files that they would misread.
 FORMAT = 1
-# What runs did that were begun before the field was there, in any format.
+# Values of fields that did not exist yet when a run began, in any format.
 _BEFORE = {
     "dataset.white_level": 0.0,
+    "method": "ulsad",
+    "methods": {},
+    "evaluation.metrics": (),
     "evaluation.original_resolution": False,
     "evaluation.write_maps": False,
     "parallel.backend": "jit",
@@ -34,56 +47,26 @@ _BEFORE = {
     "trunk.layers": "layer2+layer3",
     "trunk.whiten": "never",
 }
-BEST_TEST_AUROC = SELECTIONS[-1]  # the one that looks at test images
-WHITEN = ("auto", "always", "never")
-# Fields that say where something is.
+BEST_TEST_AUROC = SELECTIONS[-1]  # the selection that uses test images
+WHITEN = (trunks.AUTO, "always", "never")
+# Fields that are paths.
 PLACE_FIELDS = ("dataset.root", "dataset.cache_dir", "trunk.path")
-# Fields that may change between two commands on one work directory: they leave what
-# was already trained as it is.
+# Fields that may change between two commands on one work directory, because they do
+# not affect what is already trained.
 FREE_FIELDS = (
     *("train.num_epochs", "train.checkpoint_every", "evaluation."),
     *("parallel.", "train.feature_memory", *PLACE_FIELDS),
 )
 
 
-class _Rule(NamedTuple):
-    holds: Callable[[Any], bool]
-    text: str
-
-
-def _one_of(*choices: str) -> _Rule:
-    return _Rule(lambda v: v in choices, f"one of {', '.join(choices)}")
-
-
-def _at_least(low: int) -> _Rule:
-    return _Rule(lambda v: isinstance(v, int) and v >= low, f"an integer from {low} up")
-
-
-def is_number(v: Any) -> bool:
-    """Whether it is an integer or a float, and not a boolean."""
-    return isinstance(v, int | float) and not isinstance(v, bool)
-
-
-def is_finite(v: Any) -> bool:
-    """Tells whether it is a number that is neither infinite nor NaN."""
-    return is_number(v) and math.isfinite(v)
-
-
-_POSITIVE = _Rule(lambda v: is_finite(v) and v > 0, "a finite number above 0")
-_NOT_NEGATIVE = _Rule(lambda v: is_finite(v) and v >= 0, "a finite number from 0 up")
-_WHITE_LEVEL = _Rule(
-    _NOT_NEGATIVE.holds, "a finite number above 0, or 0 if it is not given"
+_WHITE_LEVEL = Rule(
+    NOT_NEGATIVE.holds, "a finite number above 0, or 0 if it is not given"
 )
-_BELOW_ONE = _Rule(lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)")
-_SHARE = _Rule(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")
-_FRACTION = _Rule(lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
-_NOT_EMPTY = _Rule(lambda v: isinstance(v, str) and v != "", "some text")
-_BOOLEAN = _Rule(lambda v: isinstance(v, bool), "True or False")
-# JAX would take the remainder of a larger one, without a word.
-_SEED = _Rule(
+# JAX would silently take a larger seed modulo 2**32.
+_SEED = Rule(
     lambda v: isinstance(v, int) and 0 <= v < 2**32, "an integer from 0 to 4294967295"
 )
-_IMAGE_SIZE = _Rule(
+_IMAGE_SIZE = Rule(
     lambda v: (
         isinstance(v, tuple | list)
         and len(v) == 2
@@ -95,68 +78,89 @@ _IMAGE_SIZE = _Rule(
 _RULES = {
     "seed": _SEED,
     "image_size": _IMAGE_SIZE,
-    "selection": _one_of(*SELECTIONS),
-    "calibration": _one_of("quantile", "none"),
-    "threshold.image_fpr": _SHARE,
-    "threshold.pixel_fpr": _SHARE,
-    "dataset.name": _one_of(*LAYOUTS),
-    "dataset.cache_dir": _NOT_EMPTY,
-    "dataset.category": _NOT_EMPTY,
-    "dataset.validation_fraction": _BELOW_ONE,
+    "selection": one_of(*SELECTIONS),
+    "calibration": one_of("quantile", "none"),
+    "threshold.image_fpr": SHARE,
+    "threshold.pixel_fpr": SHARE,
+    "method": NOT_EMPTY,
+    "dataset.name": NOT_EMPTY,
+    "dataset.cache_dir": NOT_EMPTY,
+    "dataset.category": NOT_EMPTY,
+    "dataset.validation_fraction": BELOW_ONE,
     "dataset.white_level": _WHITE_LEVEL,
-    "trunk.architecture": _one_of(*ARCHITECTURES),
-    "trunk.source": _one_of("builtin", "hub", "file", "random"),
-    "trunk.layers": _one_of("auto", *LAYERS),
-    "trunk.whiten": _one_of(*WHITEN),
-    "model.local_width": _Rule(
-        lambda v: isinstance(v, int) and v >= 4 and v % 4 == 0,
-        "a multiple of 4 from 4 up",
+    "trunk.architecture": NOT_EMPTY,  # more in `_check_trunk`
+    "trunk.source": one_of(trunks.BUILTIN, "hub", "file", "random"),
+    "trunk.layers": NOT_EMPTY,  # more in `_check_trunk`
+    "trunk.whiten": one_of(*WHITEN),
+    "train.batch_size": at_least(1),
+    "train.num_epochs": at_least(1),
+    "train.checkpoint_every": at_least(1),
+    "train.dtype": one_of("float32", "bfloat16"),
+    "train.feature_memory": FRACTION,
+    "parallel.backend": one_of(*BACKENDS),
+    "parallel.devices": at_least(0),
+    "evaluation.batch_size": at_least(1),
+    "evaluation.pictures_per_type": at_least(-1),
+    "evaluation.metrics": Rule(
+        lambda v: isinstance(v, tuple | list) and all(isinstance(x, str) for x in v),
+        'a tuple of names, such as ("my_metrics:DICE",)',
     ),
-    "model.output_activation": _one_of(*ACTIVATIONS),
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.b1": _BELOW_ONE,
-    "optimizer.b2": _BELOW_ONE,
-    "optimizer.eps": _POSITIVE,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    # Batch norm over the autoencoder's single code needs two images.
-    "train.batch_size": _at_least(2),
-    "train.num_epochs": _at_least(1),
-    "train.checkpoint_every": _at_least(1),
-    "train.dtype": _one_of("float32", "bfloat16"),
-    "train.feature_memory": _FRACTION,
-    "parallel.backend": _one_of(*BACKENDS),
-    "parallel.devices": _at_least(0),
-    "evaluation.batch_size": _at_least(1),
-    "evaluation.pictures_per_type": _at_least(-1),
-    "evaluation.original_resolution": _BOOLEAN,
-    "evaluation.write_maps": _BOOLEAN,
+    "evaluation.original_resolution": BOOLEAN,
+    "evaluation.write_maps": BOOLEAN,
 }
 
 
+def _method_rules(config: ConfigDict) -> dict[str, Rule]:
+    """Returns the rules of the config's method; its own fields may be left out."""
+    known = dict(flatten(config))
+    rules = methods.find(config.method).rules
+    return {
+        k: v for k, v in rules.items() if k in known or not k.startswith("methods.")
+    }
+
+
 def validate(config: ConfigDict) -> None:
-    """Checks every field that has a rule.
+    """Checks the fields of a config.
 
     Raises:
         UserError: names the field, the value, the rule and the flag that changes it.
     """
-    for field, rule in _RULES.items():
+    _check(config, _RULES)
+    _check(config, _method_rules(config))
+    layouts.find(config.dataset.name)
+    metrics.find(config.evaluation.metrics)
+    if not config.dataset.root and config.dataset.name != "synthetic":
+        raise UserError(
+            "Expected config.dataset.root to be the folder of the data set (or a CSV "
+            "file for tables), found nothing. Set it with --config.dataset.root=..."
+        )
+    _check_trunk(config)
+
+
+def _check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
+    for field, rule in rules.items():
         value = _get(config, field)
         if not rule.holds(value):
             raise UserError(
                 f"Expected config.{field} to be {rule.text}, found {value!r}. Set it "
                 f"with --config.{field}=..."
             )
-    if not config.dataset.root and config.dataset.name != "synthetic":
-        raise UserError(
-            "Expected config.dataset.root to be the folder of the data set (or a CSV "
-            "file for tables), found nothing. Set it with --config.dataset.root=..."
-        )
+
+
+def _check_trunk(config: ConfigDict) -> None:
+    """Checks the fields that depend on the trunk's architecture or on its source.
+
+    Raises:
+        UserError: a value breaks a rule, see `validate`.
+    """
     trunk = config.trunk
-    if trunk.source == "builtin" and trunk.architecture != BUILTIN_ARCHITECTURE:
+    architecture = trunks.find(trunk.architecture)
+    if trunk.source == trunks.BUILTIN and architecture.builtin is None:
+        known = [name for name, found in trunks.collect().items() if found.builtin]
         raise UserError(
-            f"Expected config.trunk.architecture to be {BUILTIN_ARCHITECTURE!r}, the "
-            f"built-in trunk's, found {trunk.architecture!r}. Set it with "
-            f"--config.trunk.architecture={BUILTIN_ARCHITECTURE}, or take another "
+            f"Expected config.trunk.architecture to be one that has weights built in "
+            f"({', '.join(known)}), found {trunk.architecture!r}. Set it with "
+            f"--config.trunk.architecture={known[0]}, or take another "
             "--config.trunk.source."
         )
     if trunk.source == "file" and not trunk.path:
@@ -164,33 +168,54 @@ def validate(config: ConfigDict) -> None:
             "Expected config.trunk.path to name a file, as config.trunk.source is "
             '"file", found nothing. Set it with --config.trunk.path=...'
         )
+    if trunk.layers != trunks.AUTO:
+        trunks.check_layers(trunk.architecture, trunk.layers)
+    if any(n % architecture.multiple for n in config.image_size):
+        raise UserError(
+            f"Expected config.image_size to be multiples of {architecture.multiple}, "
+            f"for {trunk.architecture}, found {tuple(config.image_size)}. Set it with "
+            "--config.image_size=..."
+        )
 
 
 def describe(config: ConfigDict) -> str:
-    """All fields but those that say where files are, which hosts may differ in."""
+    """Returns all fields as text, except paths, which may differ between hosts."""
     return repr(
         [f for f in sorted(flatten(config)) if not f[0].startswith(PLACE_FIELDS)]
     )
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Returns a copy in which no field is "auto", as a run is made and kept.
+    """Returns a copy in which every "auto" is replaced by the value that it stands for.
 
-    A run goes by what "auto" became when it began. Another rule here needs another
-    `FORMAT`, and the present one for files of formats 0 and 1, which may hold "auto".
+    The copy omits the fields of methods other than the run's.
+
+    A run keeps the values that "auto" had when it began. To change a rule here, raise
+    `FORMAT`, and keep the present rule for files of formats 0 and 1, which may contain
+    "auto".
     """
     resolved = config.copy_and_resolve_references()
-    trunk, is_builtin = resolved.trunk, resolved.trunk.source == "builtin"
-    if trunk.layers == "auto":
-        trunk.layers = "layer2" if is_builtin else "layer2+layer3"
-    if trunk.whiten == "auto":
-        trunk.whiten = "always" if is_builtin else "never"
+    layers, whiten = trunks.resolve(config.trunk)
+    resolved.trunk.layers = layers
+    resolved.trunk.whiten = "always" if whiten else "never"
+    method = methods.find(resolved.method)
+    if method.num_epochs is not None:
+        resolved.train.num_epochs = method.num_epochs
+    with resolved.unlocked():  # omit the fields of other methods
+        name = methods.short_name(resolved.method)
+        own = resolved.methods.get(name)
+        resolved.methods = ConfigDict({name: own} if own is not None else {})
     return resolved
 
 
+def needs_trunk(config: ConfigDict) -> bool:
+    """Returns whether the method takes features of a trunk."""
+    return methods.find(config.method).takes == methods.GRID
+
+
 def whitens(config: ConfigDict) -> bool:
-    """Tells whether the features are whitened, by a config that is resolved."""
-    return {"always": True, "never": False}[config.trunk.whiten]
+    """Returns whether features are whitened, see `config.trunk.whiten`."""
+    return trunks.resolve(config.trunk)[1]
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -200,17 +225,22 @@ def save(config: ConfigDict, path: Path) -> None:
 
 
 def load(path: Path) -> ConfigDict:
-    """Reads a run's config, of this version or an earlier one; returns it resolved.
+    """Reads a run's config, of this or an earlier version, and resolves it.
+
+    Args:
+        path: path of config.json.
 
     Raises:
-        UserError: there is none, it is not one of ours, or a later version's.
+        UserError: there is no config, it is damaged, or a later version wrote it.
     """
     try:
         if not isinstance(fields := json.loads(path.read_text()), dict):
             raise ValueError("no fields")
         _check_format(fields.pop("format", 0), path)
         _fill(fields)
-        config = ConfigDict(fields | {"image_size": tuple(fields["image_size"])})
+        fields["image_size"] = tuple(fields["image_size"])
+        fields["evaluation"]["metrics"] = tuple(fields["evaluation"]["metrics"])
+        config = ConfigDict(fields)
         _check_fields(config)
         validate(config)
         return resolve(config)
@@ -227,7 +257,7 @@ def load(path: Path) -> ConfigDict:
 
 
 def _check_format(found: Any, path: Path) -> None:
-    """Refuses the format of a version that may mean another thing by its fields."""
+    """Rejects unknown formats, in which fields may have another meaning."""
     if found not in range(FORMAT + 1):
         raise UserError(
             f"Expected {path} to be of format {FORMAT} or an earlier one, which this "
@@ -237,7 +267,7 @@ def _check_format(found: Any, path: Path) -> None:
 
 
 def _fill(fields: dict[str, Any]) -> None:
-    """Adds the fields that were not there yet when the run began."""
+    """Adds the fields that did not exist yet when the run began."""
     for name, value in _BEFORE.items():
         *groups, field = name.split(".")
         group = fields
@@ -253,15 +283,15 @@ def _check_fields(config: ConfigDict) -> None:
 
 
 def check_resumable(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
-    """Refuses a config under which the run in `workdir` cannot be continued.
+    """Checks that the run in `workdir` can be continued with a config.
 
     Args:
-        old: the run's, resolved.
-        new: this command's, resolved.
-        workdir: for the message.
+        old: resolved config of the run.
+        new: resolved config of the present command.
+        workdir: folder of the run, used in the message.
 
     Raises:
-        UserError: lists the fields that differ.
+        UserError: the configs differ; the message lists the fields.
     """
     old_fields, new_fields = dict(flatten(old)), dict(flatten(new))
     lines = [
@@ -290,12 +320,3 @@ def _get(config: ConfigDict, field: str) -> Any:
             "your own with default.get_config(), as those in configs/ do."
         ) from error
     return value
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a tree by their paths, with dots; a list is a tuple."""
-    for name, value in config.items():
-        if isinstance(value, ConfigDict | Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, tuple(value) if isinstance(value, list) else value

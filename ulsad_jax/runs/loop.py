@@ -1,4 +1,4 @@
-"""The training loop of one category: validation, checkpoints, resuming, signals."""
+"""Trains one category: training loop, validation, checkpoints, resuming and signals."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax.methods.ulsad.losses import TOTAL
-from ulsad_jax.methods.ulsad.networks import Ulsad
-from ulsad_jax.runs import training
-from ulsad_jax.runtime import devices as parallel
+from ulsad_jax.methods.base import TOTAL, Batch, Method, State
+from ulsad_jax.runs import steps
 from ulsad_jax.runtime import hosts
+from ulsad_jax.runtime.devices import Devices
 from ulsad_jax.runtime.errors import Diverged, Interrupted
 from ulsad_jax.runtime.progress import progress
-from ulsad_jax.scoring import calibration as scoring
-from ulsad_jax.scoring.thresholds import Decisions, choose
-from ulsad_jax.trunks.features import ChannelStatistics, FeatureSource
+from ulsad_jax.scoring import calibration, thresholds
+from ulsad_jax.trunks import sources
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -37,105 +35,101 @@ Losses = dict[str, float]
 
 
 class Validation(NamedTuple):
-    """What a checkpoint learns from the validation normals.
+    """Results of a checkpoint on the validation normals.
 
     Attributes:
-        losses: total and terms, averaged over the images.
-        calibration: of the maps.
-        decisions: thresholds for calibrated maps.
+        losses: losses by name, averaged over the images.
+        calibration: calibration of the maps.
+        decisions: thresholds of calibrated maps, and the data behind them.
     """
 
     losses: Losses
-    calibration: scoring.Calibration
-    decisions: Decisions
+    calibration: calibration.Calibration
+    decisions: thresholds.Decisions
 
 
 @functools.lru_cache
 def make_validation_step(
-    model: Ulsad, loss_fn: Callable, size: tuple[int, int]
-) -> Callable[..., tuple[dict[str, jax.Array], scoring.Maps]]:
-    """Jits `step(variables, features, image, valid, updates, numbers)`.
+    method: Method,
+) -> Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    """Returns a jitted `step(model, batch, updates, numbers)`, cached by method.
 
-    It returns the losses of the valid rows and raw maps of all rows; for equal
-    arguments it is the same function, compiled once.
+    `updates` is the number of updates so far. The step returns the losses of the valid
+    rows, and raw maps of all rows.
 
     Args:
-        model: the networks.
-        loss_fn: see `losses.make_loss_fn`.
-        size: (height, width) of the maps.
+        method: method that computes losses and maps.
     """
 
     @jax.jit
-    def step(variables, features, image, valid, updates, numbers):
-        outputs = model.apply(variables, features, image, train=False)
-        total, terms = loss_fn(outputs, valid, step=updates, numbers=numbers)
-        return {TOTAL: total, **terms}, scoring.raw_maps(outputs, size)
+    def step(model, batch: Batch, updates, numbers):
+        own = method.trace(numbers)
+        return own.losses(model, batch, updates), own.maps(model, batch)
 
     return step
 
 
 def make_validate(
-    model: Ulsad,
-    loss_fn: Callable,
-    source: FeatureSource,
+    method: Method,
+    source: sources.FeatureSource,
     *,
-    devices: parallel.Devices,
+    devices: Devices,
     batch_size: int,
-    method: str,
+    calibrate: str,
     image_fpr: float,
     pixel_fpr: float,
-    numbers: Mapping[str, Mapping[str, float]] | None = None,
-) -> Callable[[Mapping[str, Any], int], Validation]:
-    """Returns `validate(variables, updates so far)` over the validation normals.
+    numbers: Mapping[str, np.ndarray] | None = None,
+) -> Callable[[Any, int], Validation]:
+    """Returns `validate(model, updates)`, which runs over all validation normals.
+
+    `updates` is the number of updates so far.
 
     Args:
-        model: the networks.
-        loss_fn: see `losses.make_loss_fn`.
-        source: features and images of the validation normals.
-        devices: to split batches over.
-        batch_size: images at once, a multiple of the devices.
-        method: of calibration, see `scoring.calibrate`.
-        image_fpr: see `decisions.choose`.
-        pixel_fpr: see `decisions.choose`.
-        numbers: of the loss function, where they are not its own.
+        method: method that computes losses and maps.
+        source: images and features of the validation normals.
+        devices: devices over which batches are split.
+        batch_size: number of images in a batch, a multiple of the number of devices.
+        calibrate: name of the calibration method, see `calibration.calibrate`.
+        image_fpr: share of normal images that may be called anomalous, see
+            `thresholds.choose`.
+        pixel_fpr: share of normal images' pixels that may be in the mask, see
+            `thresholds.choose`.
+        numbers: scalar arrays by config field, see `Method.trace`.
     """
-    size = source.image_size
     count = len(source)
-    step = make_validation_step(model, loss_fn, size)
+    step = make_validation_step(method)
 
-    def validate(variables: Mapping[str, Any], updates: int) -> Validation:
+    def validate(model: Any, updates: int) -> Validation:
         sums: dict[str, float] = {}
-        local = np.empty((count, *size), np.float32)
-        global_ = np.empty_like(local)
+        maps: dict[str, np.ndarray] = {}
         for start in range(0, count, batch_size):
-            # Wrap around at the end: every batch has one shape, and compiles once.
+            # Wrap around at the end: all batches have one shape, compiled once.
             rows = np.arange(start, start + batch_size)
-            valid = rows < count
-            rows = rows % count
-            batch = devices.load(source, rows)
-            losses, maps = hosts.gather(
-                step(variables, *batch, valid, updates, numbers)
-            )
+            own = min(batch_size, count - start)
+            batch = sources.load(source, rows % count, own, devices)
+            losses, new = hosts.gather(step(model, batch, updates, numbers or {}))
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * int(valid.sum())
-            local[rows[valid]] = maps.local[valid]
-            global_[rows[valid]] = maps.global_[valid]
-        losses = {name: value / count for name, value in sums.items()}
-        maps = scoring.fuse_as_new(local, global_, method=method)
+                sums[name] = sums.get(name, 0.0) + float(value) * own
+            for name, values in new.items():
+                kept = maps.setdefault(
+                    name, np.empty((count, *values.shape[1:]), np.float32)
+                )
+                kept[start : start + own] = values[:own]
+        fused = calibration.fuse_as_new(maps, method=calibrate)
         return Validation(
-            losses,
-            scoring.calibrate(local, global_, method=method),
-            choose(maps, image_fpr=image_fpr, pixel_fpr=pixel_fpr),
+            {name: value / count for name, value in sums.items()},
+            calibration.calibrate(maps, method=calibrate),
+            thresholds.choose(fused, image_fpr=image_fpr, pixel_fpr=pixel_fpr),
         )
 
     return validate
 
 
 class Trainer:
-    """Trains one category, from wherever its last checkpoint left off.
+    """Training of one category, resumed from its last checkpoint.
 
-    The loop is a function of the config and the data alone, so that a run that was
-    stopped and resumed ends as an uninterrupted one does.
+    Training depends only on the config and the data, so that a run that was stopped and
+    resumed ends like an uninterrupted one.
     """
 
     def __init__(
@@ -143,68 +137,60 @@ class Trainer:
         config: ConfigDict,
         category: str,
         *,
-        devices: parallel.Devices,
-        train: FeatureSource,
-        statistics: ChannelStatistics,
-        loss_fn: Callable,
-        validate: Callable[[Mapping[str, Any], int], Validation],
+        method: Method,
+        devices: Devices,
+        normals: sources.Normals,
+        features: tuple[int, int, int] | None,
+        validate: Callable[[Any, int], Validation],
         store: CheckpointStore,
         writer: Writer | Silence,
-        trunk: TrunkIdentity,
+        trunk: TrunkIdentity | None,
         score_test: Callable[..., float] | None = None,
     ):
         """Makes the initial state.
 
         Args:
-            config: the run's.
-            category: decides, with the seed, weights and order.
-            devices: to split batches over.
-            train: features and images of the training normals.
-            statistics: of the feature channels, kept with the networks.
-            loss_fn: see `losses.make_loss_fn`.
-            validate: see `make_validate`.
-            store: of the checkpoints.
-            writer: of the metrics.
-            trunk: what made the features, stored with every checkpoint.
-            score_test: for the reference's selection, gives the image AUROC on the
-                test set of (variables, calibration).
+            config: resolved config of the run.
+            category: name of the category; with the seed it determines the initial
+                weights and the order of images.
+            method: method to train.
+            devices: devices over which batches are split.
+            normals: images and features for training and validation, and the statistics
+                of the features, which are saved with the model.
+            features: shape (gh, gw, c) of an image's features, or None.
+            validate: function from `make_validate`.
+            store: store of the checkpoints.
+            writer: writer of the metrics.
+            trunk: identity of the trunk, saved with every checkpoint, or None.
+            score_test: function from (model, calibration) to the image AUROC on the
+                test set, used only by the reference's selection.
         """
-        self._config, self._category = config, category
-        self._devices, self._train = devices, train
-        self._statistics = devices.replicate(statistics)
+        self._config, self._category, self._method = config, category, method
+        self._devices, self._train = devices, normals.train
+        self._statistics = devices.replicate(normals.statistics)
         self._validate, self._score_test = validate, score_test
         self._store, self._writer = store, writer
-        self._trunk = dataclasses.asdict(trunk)
+        self._trunk = trunk and dataclasses.asdict(trunk)
         batch = config.train.batch_size
-        self._steps_per_epoch = training.steps_per_epoch(len(train), batch)
-        model = training.make_model(config)
-        optimizer = training.make_optimizer(**config.optimizer)
-        self._state = devices.replicate(
-            training.init_state(
-                model,
-                optimizer,
-                training.initial_key(config.seed, category),
-                features=jax.ShapeDtypeStruct(
-                    (batch, *train.feature_shape), jnp.float32
-                ),
-                image=jax.ShapeDtypeStruct((batch, *train.image_size, 3), jnp.uint8),
-            )
+        self._steps_per_epoch = steps.steps_per_epoch(
+            len(self._train), batch, whole_only=not method.sees_every_image
         )
-        self._train_step = parallel.make_train_step(
-            model,
-            loss_fn,
-            optimizer,
-            devices=devices,
-            backend=config.parallel.backend,
+        spec = steps.make_spec(
+            batch, self._train.image_size, features, len(self._train)
         )
-        self._sums: Losses = {}  # of the losses of this epoch's steps
+        self._key = steps.initial_key(config.seed, category)
+        self._state: State = devices.replicate(steps.make_init(method, spec)(self._key))
+        self._train_step = steps.make_train_step(
+            method, devices, config.parallel.backend
+        )
+        self._sums: Losses = {}  # sums of the losses over the steps of this epoch
 
     def run(self) -> None:
         """Trains to the last epoch.
 
         Raises:
-            Interrupted: by SIGTERM or SIGINT, after saving.
-            Diverged: a loss that is not finite.
+            Interrupted: SIGTERM or SIGINT was received; the state is saved.
+            Diverged: a loss is not finite.
         """
         self._resume()
         epochs, per_epoch = self._config.train.num_epochs, self._steps_per_epoch
@@ -223,26 +209,24 @@ class Trainer:
         self._store.wait()
 
     def _run_epoch(self, epoch: int, stop: list[int]) -> None:
-        """Takes the epoch's remaining steps, or those before a signal.
+        """Takes the remaining steps of the epoch, or fewer if a signal arrives.
 
-        Losses are fetched one step late, so that the device never waits for us.
+        Losses are fetched one step late, so that the device does not wait for the host.
         """
         config, per_epoch = self._config, self._steps_per_epoch
-        batch = config.train.batch_size
         order = self._order(epoch)
         first = int(self._state.step) - epoch * per_epoch
         pending = None
-        steps = progress(
+        indices = progress(
             range(first, per_epoch),
             f"[{self._category}] epoch {epoch + 1}/{config.train.num_epochs}",
             unit=" steps",
         )
-        for i in steps:
+        for i in indices:
             asked = self._devices.ask(stop)
-            rows = order[i * batch : (i + 1) * batch]
-            self._state, losses = self._train_step(
-                self._state, *self._devices.load(self._train, rows)
-            )
+            rows, count = self._rows(order, i)
+            placed = sources.load(self._train, rows, count, self._devices)
+            self._state, losses = self._train_step(self._state, placed, self._key)
             if pending is not None:
                 self._count(epoch * per_epoch + i, pending)
             pending = losses
@@ -252,16 +236,26 @@ class Trainer:
             self._count(int(self._state.step), pending)
 
     def _order(self, epoch: int) -> Int[np.ndarray, " n"]:
-        """The order of the training images in an epoch."""
-        return training.epoch_order(
+        """Returns the order of the training images in an epoch."""
+        if self._method.sees_every_image:
+            return np.arange(len(self._train))
+        return steps.epoch_order(
             len(self._train),
             seed=self._config.seed,
             category=self._category,
             epoch=epoch,
         )
 
+    def _rows(
+        self, order: Int[np.ndarray, " n"], i: int
+    ) -> tuple[Int[np.ndarray, " b"], int]:
+        """Returns the indices of batch i, padded, and their number before padding."""
+        batch = self._config.train.batch_size
+        rows = order[i * batch : (i + 1) * batch]
+        return np.resize(rows, batch), len(rows)
+
     def _count(self, step: int, losses: Mapping[str, jax.Array]) -> None:
-        """Adds a step's losses to the epoch's; `step` is the update they belong to."""
+        """Adds the losses of update number `step` to the sums of the epoch."""
         values = {name: float(value) for name, value in losses.items()}
         self._check_finite(values, f"at step {step}", updates=step - 1)
         for name, value in values.items():
@@ -281,24 +275,28 @@ class Trainer:
             )
 
     def _end_epoch(self, epoch: int, seconds: float) -> None:
-        """Reports the epoch and, if one is due, validates and saves."""
+        """Reports the epoch and, if a checkpoint is due, validates and saves."""
         config, step = self._config.train, int(self._state.step)
         validation, metrics = None, {}
         losses = {k: v / self._steps_per_epoch for k, v in self._sums.items()}
         self._sums = {}
         record: dict[str, float] = {f"loss/{k}": v for k, v in losses.items()}
         last = epoch + 1 == config.num_epochs
+        if last:
+            self._state = self._method.finish(self._state)
         if last or (epoch + 1) % config.checkpoint_every == 0:
-            validation = self._validate(self._state.variables, step)
-            # The losses above are from before the last update.
+            validation = self._validate(self._state.model, step)
+            # The training losses are those before the last update.
             where = f"in validation after step {step}"
             self._check_finite(validation.losses, where, updates=step)
             record |= {f"validation/{k}": v for k, v in validation.losses.items()}
-            metrics = {"validation_loss": validation.losses[TOTAL]}
+            # Without losses, all checkpoints rank equally.
+            metrics = {"validation_loss": validation.losses.get(TOTAL, 0.0)}
             if self._score_test is not None:
-                auroc = self._score_test(self._state.variables, validation.calibration)
+                auroc = self._score_test(self._state.model, validation.calibration)
                 record["test/image_auroc"] = metrics["test_image_auroc"] = auroc
-        # First: a resumed run drops reports that it makes again, but makes none up.
+        # Before saving: a resumed run rewrites a report that it finds, but cannot
+        # restore a missing one.
         self._writer.epoch(epoch + 1, config.num_epochs, step, record, seconds)
         if validation is not None:
             self._save(validation, metrics)
@@ -310,39 +308,35 @@ class Trainer:
     ) -> None:
         self._store.save(
             int(self._state.step),
-            model=training.model_tree(self._state.variables, self._statistics),
-            optimizer=self._state.opt_state,
+            model=steps.model_item(self._state.model, self._statistics),
+            optimizer=self._state.training,
             progress={"sums": self._sums, "trunk": self._trunk},
-            calibration=validation and dataclasses.asdict(validation.calibration),
+            calibration=validation and validation.calibration.to_json(),
             decisions=validation and validation.decisions.to_json(),
             metrics=metrics,
         )
 
     def _resume(self) -> None:
-        """Takes up the last checkpoint, if there is one."""
+        """Restores the last checkpoint, if there is one."""
         step = self._store.latest()
         self._writer.rewind(step or 0)
         if step is None:
             return
-        model, opt_state, saved = self._store.restore_training(
+        item, training, saved = self._store.restore_training(
             step,
-            model=training.model_tree(self._state.variables, self._statistics),
-            optimizer=self._state.opt_state,
+            model=steps.model_item(self._state.model, self._statistics),
+            optimizer=self._state.training,
         )
+        model, _ = steps.read_model_item(item)
         self._state = self._devices.replicate(
-            training.TrainState(
-                step=jnp.asarray(step, jnp.int32),
-                params=model["variables"]["params"],
-                batch_stats=model["variables"]["batch_stats"],
-                opt_state=opt_state,
-            )
+            State(jnp.asarray(step, jnp.int32), model, training)
         )
         self._sums = saved["sums"]
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying from them; the second one kills."""
+    """Collects SIGTERM and SIGINT instead of exiting; a second signal exits."""
     received: list[int] = []
 
     def handle(signum, frame):

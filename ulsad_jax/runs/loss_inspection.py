@@ -1,4 +1,4 @@
-"""What each loss term is worth on the batch that training begins with."""
+"""Measures the loss terms on the first training batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ulsad_jax.methods.base import TOTAL
 from ulsad_jax.methods.ulsad import loss_check
-from ulsad_jax.methods.ulsad.losses import TOTAL, make_loss_fn
+from ulsad_jax.methods.ulsad.method import Ulsad
 from ulsad_jax.methods.ulsad.networks import NETWORKS, Outputs
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import run as experiment
-from ulsad_jax.runs import training
-from ulsad_jax.trunks import features
+from ulsad_jax.runs import data, setup, steps
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.trunks import features, sources
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -27,33 +28,40 @@ if TYPE_CHECKING:
 
 
 def inspect(config: ConfigDict, *, step: int = 0) -> dict[str, Any]:
-    """Measures every loss term on the batch that training begins with.
+    """Measures every loss term on the first training batch, with the initial weights.
 
-    Features are extracted for this batch alone, and standardised by it; the weights are
-    those that training begins with.
+    Features are extracted only for this batch, and standardised with its own
+    statistics.
 
     Args:
-        config: of a run; of several categories, the first is looked at.
-        step: updates so far, for terms with a schedule.
+        config: config of a run; if it has several categories, the first is used.
+        step: number of updates so far, which terms with a schedule receive.
 
     Returns:
         A document for JSON: `category`, `images`, `step`, and `terms`, which has for
         each term, and for "total", the `value` before weighting, the `weight`, the
         `share` of the total, the `gradient_norm` of the weighted term for each network
-        and `findings`, a list. Numbers that are not finite are null, and among the
-        findings. `error` says what training cannot begin with, `warning` which outputs
-        nothing trains; both may be "".
+        and `findings`, a list. Numbers that are not finite are null and are listed in
+        `findings`. `error` is a message if training is not possible, and `warning` one
+        about outputs that no term trains; both may be empty.
 
     Raises:
-        UserError: as for training.
+        UserError: the config or the data are not valid, or the method has no loss
+            terms.
     """
     config_lib.validate(config)
     config = config_lib.resolve(config)
-    loss_fn = make_loss_fn(config.losses)
-    category = experiment.list_categories(config)[0]
-    x, image = _first_batch(config, category)
-    outputs, pull = _run_networks(config, category, x, image)
-    values, gradients = loss_check.differentiate(loss_fn, outputs, step)
+    made = setup.make(config)
+    if not isinstance(made.method, Ulsad):
+        raise UserError(
+            f"Expected config.method to be one with loss terms, 'ulsad', found "
+            f"{config.method!r}. Inspect a run of ULSAD."
+        )
+    loss_fn = made.method.loss_fn
+    category = data.list_categories(config)[0]
+    x, image = _first_batch(config, made, category)
+    outputs, pull = _run_networks(config, made, category, x, image)
+    values, gradients = loss_check.differentiate(loss_fn, outputs, image, step)
     norms = {name: pull(gradient) for name, gradient in gradients.items()}
     weights = {name: entry["weight"] for name, entry in config.losses.items()}
     where = f"on the first batch of {category!r}"
@@ -73,7 +81,7 @@ def inspect(config: ConfigDict, *, step: int = 0) -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """What a person reads of `inspect`'s document."""
+    """Returns the document from `inspect` as a text table."""
     head = ("term", "value", "weight", "share", *(f"grad {n}" for n in NETWORKS), "")
     rows = [head]
     for name, term in document["terms"].items():
@@ -100,51 +108,45 @@ def table(document: dict[str, Any]) -> str:
 
 
 def _first_batch(
-    config: ConfigDict, category: str
-) -> tuple[Float[np.ndarray, "b h/8 w/8 c"], UInt8[np.ndarray, "b h w 3"]]:
-    """Standardised features and images of the first batch of training."""
-    train, size = experiment.open_data(config, category).train, config.train.batch_size
-    training.steps_per_epoch(len(train), size)  # there is a batch
-    order = training.epoch_order(
-        len(train), seed=config.seed, category=category, epoch=0
-    )
+    config: ConfigDict, made: setup.Setup, category: str
+) -> tuple[Float[np.ndarray, "b gh gw c"], UInt8[np.ndarray, "b h w 3"]]:
+    """Returns standardised features and images of the first training batch."""
+    train, size = data.open_data(config, category).train, config.train.batch_size
+    steps.steps_per_epoch(len(train), size, whole_only=True)  # raises without one
+    order = steps.epoch_order(len(train), seed=config.seed, category=category, epoch=0)
     first = dataclasses.replace(
         train,
         records=[train.records[i] for i in order[:size]],
         positions=[train.positions[i] for i in order[:size]],
     )
-    trunk = experiment.load_trunk(config)
-    extractor = features.make_extractor(training.make_pyramid(config), trunk.variables)
+    trunk = setup.load_trunk(config)
+    extractor = features.make_extractor(made.pyramid, trunk.variables)
     with contextlib.closing(first.batches(size)) as batches:
-        raw, image = features.extract(extractor, batches, size)
-    statistics = features.channel_statistics(raw, whiten=config_lib.whitens(config))
+        image, raw = sources.extract(extractor, batches, size)
+    statistics = features.channel_statistics(raw, whiten=made.whiten)
     return statistics.standardize(raw), image
 
 
 def _run_networks(
     config: ConfigDict,
+    made: setup.Setup,
     category: str,
-    x: Float[np.ndarray, "b h/8 w/8 c"],
+    x: Float[np.ndarray, "b gh gw c"],
     image: UInt8[np.ndarray, "b h w 3"],
 ) -> tuple[Outputs, Callable[..., dict[str, jax.Array]]]:
-    """The outputs that training begins with.
+    """Runs the networks with their initial weights.
 
     Returns:
         The outputs, and `pull({output: gradient}) -> {network: gradient norm}`.
     """
-    model = training.make_model(config)
-    state = training.init_state(
-        model,
-        training.make_optimizer(**config.optimizer),
-        training.initial_key(config.seed, category),
-        features=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        image=jax.ShapeDtypeStruct(image.shape, image.dtype),
-    )
+    networks = made.method.networks
+    key = steps.initial_key(config.seed, category)
+    variables = steps.make_init(made.method, made.spec(len(image)))(key).model
 
     @jax.jit
     def run(variables, x, image):
         def forward(params):
-            outputs, _ = model.apply(
+            outputs, _ = networks.apply(
                 variables | {"params": params},
                 x,
                 image,
@@ -160,12 +162,12 @@ def _run_networks(
         (by_network,) = pull(gradient)
         return {name: optax.tree.norm(by_network[name]) for name in NETWORKS}
 
-    trained, pull = run(state.variables, x, image)
+    trained, pull = run(variables, x, image)
     return {"features": jnp.asarray(x), **trained}, lambda g: measure(pull, g)
 
 
 def _warn(untrained: list[str], step: int) -> str:
-    """A sentence about outputs that nothing trains at a step, or ""."""
+    """Returns a sentence about outputs that no term trains, or an empty string."""
     if not untrained:
         return ""
     return (
@@ -177,8 +179,8 @@ def _warn(untrained: list[str], step: int) -> str:
 def _describe(
     value: float, weight: float, total: float, norms: dict[str, jax.Array]
 ) -> dict[str, Any]:
-    """One term's part of the document."""
-    # Of a total that is not finite nobody has a share.
+    """Returns the entry of one term in the document."""
+    # Shares of a total that is 0 or not finite are undefined.
     share = weight * value / total if total and math.isfinite(total) else math.nan
     norms = {network: abs(weight) * float(norms[network]) for network in NETWORKS}
     findings = []

@@ -1,4 +1,4 @@
-"""A run: a work directory, its categories, training and evaluation of each."""
+"""Trains and evaluates every category of a run in a work directory."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ import dataclasses
 import json
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from ulsad_jax.data.batches import Category, open_category
-from ulsad_jax.data.layouts import select_categories
-from ulsad_jax.data.synthetic import categories as synthetic
-from ulsad_jax.methods.ulsad import loss_check
-from ulsad_jax.report import page
+from ulsad_jax.metrics import base as metrics_base
+from ulsad_jax.metrics.values import with_nan
+from ulsad_jax.report import tables
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import results
-from ulsad_jax.runs.category import MAPS, RESULTS, CategoryRun
-from ulsad_jax.runs.trained import CHECKPOINTS, CONFIG, TRUNK
+from ulsad_jax.runs import data, fitting, results, run_files, saved, setup, testing
+from ulsad_jax.runs import folder as files_of
+from ulsad_jax.runs.category import CategoryRun
 from ulsad_jax.runtime import compilation, files, hosts, lock
-from ulsad_jax.runtime import devices as parallel
+from ulsad_jax.runtime import devices as devices_lib
 from ulsad_jax.runtime.errors import UserError
-from ulsad_jax.trunks import weights as pretrained
+from ulsad_jax.trunks import weights as trunk_weights
+from ulsad_jax.trunks.weights import Trunk
 
 
 def train(config: ConfigDict, workdir: Path) -> str:
-    """Trains and evaluates every category of a config, or goes on doing so.
+    """Trains and evaluates every category of a config, or resumes doing so.
 
     Args:
-        config: of all fields.
-        workdir: where everything goes; an earlier run of the same config is resumed.
+        config: complete config.
+        workdir: work directory; an earlier run of the same config is resumed.
 
     Returns:
-        The table of results and where to find the rest.
+        The table of results and the paths of the other files.
 
     Raises:
-        UserError: see README; what is finished by then stays. Another command is at
-            work in the folder.
-        errors.Interrupted: by a signal, after saving.
+        UserError: config, data or folder are not valid, or another command is using the
+            folder. Finished work is kept.
+        errors.Interrupted: a signal was received; the state is saved.
     """
     config_lib.validate(config)
     config = config_lib.resolve(config)
     hosts.check_same(config_lib.describe(config), "config")
-    devices = parallel.find_devices(config.parallel.devices)
-    parallel.check_trainable(devices, config.train.batch_size, config.parallel.backend)
+    devices = devices_lib.find_devices(config.parallel.devices)
+    devices_lib.check_trainable(
+        devices, config.train.batch_size, config.parallel.backend
+    )
     compilation.draw_by_kernel()
     compilation.keep(config.dataset.cache_dir)
     with lock.hold(workdir):
@@ -52,22 +52,20 @@ def train(config: ConfigDict, workdir: Path) -> str:
 
 
 def _train(config: ConfigDict, workdir: Path) -> str:
-    """Does what `train` does in a work directory that is its own."""
+    """Runs `train` in a work directory whose lock is held."""
+    made = setup.make(config)
     with hosts.first_alone("workdir"):
         check_workdir(config, workdir)
-        if hosts.is_first() and (warning := loss_check.check(config)):
+        if hosts.is_first() and (warning := setup.check(made, config)):
             print(warning)  # before anything is written
-        categories = list_categories(config)
+        categories = data.list_categories(config)
         trunk = _claim(config, workdir)
     for category in categories:
-        folder = workdir / results.folder_name(category)
-        folder.mkdir(exist_ok=True)
-        with hosts.first_alone("data"):
-            data = open_data(config, category)
-        run = CategoryRun(config, category, data=data, folder=folder, trunk=trunk)
-        step = run.fit()
-        if not run.is_evaluated(step):
-            run.evaluate(step)
+        files_of.category_folder(workdir, category).mkdir(exist_ok=True)
+        run = _open(config, made, category, workdir, trunk)
+        step = fitting.fit(run)
+        if not testing.is_evaluated(run, step):
+            testing.evaluate(run, step)
     return collect(config, workdir, categories, trunk)
 
 
@@ -83,27 +81,29 @@ def evaluate(
     """Evaluates the checkpoints of a run again.
 
     Args:
-        workdir: that `train` wrote.
-        root: of the data, if it moved.
-        selection: another `config.selection` than the run's.
-        image_threshold: instead of the run's, in every category.
-        pixel_threshold: instead of the run's, in every category.
-        write_maps: also writes maps, if the run's config does not say so.
+        workdir: folder that `train` wrote.
+        root: new path of the data, if they moved; empty otherwise.
+        selection: replaces `config.selection` unless empty.
+        image_threshold: replaces the run's threshold on image scores, in every
+            category.
+        pixel_threshold: replaces the run's threshold on map values, in every category.
+        write_maps: True to write maps even if the run's config does not ask for them.
 
     Returns:
-        The table of results and where to find the rest.
+        The table of results and the paths of the other files.
 
     Raises:
-        UserError: no run, no checkpoint, another trunk, another command at work.
+        UserError: there is no run or no checkpoint, the trunk differs, or another
+            command is using the folder.
     """
-    config = config_lib.load(workdir / CONFIG)
+    config = config_lib.load(workdir / files_of.CONFIG)
     if root:
         config.dataset.root = root
     if selection:
         config.selection = selection
         config_lib.validate(config)
     config.evaluation.write_maps |= write_maps
-    config.parallel.devices = 0  # those of this machine
+    config.parallel.devices = 0  # all devices of this machine
     compilation.keep(config.dataset.cache_dir)
     given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
     with lock.hold(workdir):
@@ -113,102 +113,49 @@ def evaluate(
 def _evaluate(
     config: ConfigDict, workdir: Path, thresholds: dict[str, float | None]
 ) -> str:
-    """Does what `evaluate` does in a work directory that is its own."""
+    """Runs `evaluate` in a work directory whose lock is held."""
+    made = setup.make(config)
     with hosts.first_alone("workdir"):
-        categories = list_categories(config)
-    trunk = pretrained.load_saved_trunk(workdir / TRUNK)
+        categories = data.list_categories(config)
+    trunk = saved.load_trunk(config, workdir)
     _check_trained(categories, workdir)
     for category in categories:
-        folder = workdir / results.folder_name(category)
-        with hosts.first_alone("data"):
-            data = open_data(config, category, needs_training=False)
-        run = CategoryRun(config, category, data=data, folder=folder, trunk=trunk)
-        run.evaluate(**thresholds)
+        run = _open(config, made, category, workdir, trunk, needs_training=False)
+        testing.evaluate(run, **thresholds)
     return collect(config, workdir, categories, trunk)
 
 
-def list_categories(config: ConfigDict) -> list[str]:
-    """The categories that a config asks for; draws the synthetic ones."""
-    dataset = config.dataset
-    names = [name.strip() for name in dataset.category.split(",")]
-    if dataset.name != "synthetic":
-        return select_categories(dataset.name, Path(dataset.root).expanduser(), names)
-    names = ["assembly"] if names == ["all"] else list(dict.fromkeys(names))
-    for name in names:
-        synthetic.write_category(
-            synthetic_root(config), category=name, **dataset.synthetic
-        )
-    return names
-
-
-def synthetic_root(config: ConfigDict) -> Path:
-    """Where the synthetic data set lies: a folder of its own for each drawing."""
-    dataset = config.dataset
-    if dataset.root:
-        return Path(dataset.root).expanduser()
-    drawing = "-".join(str(v) for v in dataset.synthetic.to_dict().values())
-    drawing = f"v{synthetic.GENERATOR_VERSION}-{drawing}"
-    return Path(dataset.cache_dir).expanduser() / "synthetic" / drawing
-
-
-def open_data(
-    config: ConfigDict, category: str, *, needs_training: bool = True
-) -> Category:
-    """Opens the images of a category that `list_categories` gave.
-
-    Says what was noticed of them, in every run that uses them.
-
-    Args:
-        config: the run's.
-        category: its name.
-        needs_training: see `open_category`.
-    """
-    dataset = config.dataset
-    root = synthetic_root(config) if dataset.name == "synthetic" else Path(dataset.root)
-    data = open_category(
-        dataset.name,
-        root=root.expanduser(),
-        category=category,
-        image_size=tuple(config.image_size),
-        cache_dir=Path(dataset.cache_dir).expanduser(),
-        validation_fraction=dataset.validation_fraction,
-        white_level=dataset.white_level,
-        seed=config.seed,
-        needs_training=needs_training,
+def _open(
+    config: ConfigDict,
+    made: setup.Setup,
+    category: str,
+    workdir: Path,
+    trunk: Trunk | None,
+    *,
+    needs_training: bool = True,
+) -> CategoryRun:
+    """Opens a category's images."""
+    with hosts.first_alone("data"):
+        images = data.open_data(config, category, needs_training=needs_training)
+    return CategoryRun(
+        config=config,
+        setup=made,
+        name=category,
+        data=images,
+        folder=files_of.category_folder(workdir, category),
+        trunk=trunk,
+        devices=devices_lib.find_devices(config.parallel.devices),
+        title=category,
     )
-    if hosts.is_first():
-        if not data.train:
-            print(
-                f"[{category}] no training images: whether the run was trained on "
-                "this data set's is not looked at",
-                flush=True,
-            )
-        for remark in data.remarks:
-            print(f"[{category}] {remark}", flush=True)
-    return data
-
-
-def load_trunk(config: ConfigDict) -> pretrained.Trunk:
-    """The trunk that a config describes."""
-    return pretrained.load_trunk(**trunk_fields(config))
-
-
-def trunk_fields(config: ConfigDict) -> dict[str, Any]:
-    """What decides a trunk, as `pretrained.load_trunk` takes it."""
-    fields = config.trunk.to_dict()
-    for name in ("layers", "whiten"):  # of its features: it is loaded whole
-        fields.pop(name)
-    is_drawn = config.trunk.source == "random"
-    return fields | {"seed": config.seed if is_drawn else 0}
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Refuses a work directory that this run could not go on in.
+    """Checks that a run with this config can use a work directory.
 
     Raises:
-        UserError: it is something else, or holds checkpoints of another config.
+        UserError: it holds other files, or checkpoints of another config.
     """
-    path = workdir / CONFIG
+    path = workdir / files_of.CONFIG
     if path.exists():
         if _has_checkpoints(workdir):
             config_lib.check_resumable(config_lib.load(path), config, workdir)
@@ -219,31 +166,33 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def _claim(config: ConfigDict, workdir: Path) -> pretrained.Trunk:
-    """Makes the work directory this run's: its config, its copy of the trunk."""
-    path = workdir / TRUNK
+def _claim(config: ConfigDict, workdir: Path) -> Trunk | None:
+    """Writes config and trunk to the work directory; returns the trunk."""
+    path = workdir / files_of.TRUNK
     if not hosts.is_first():
-        return pretrained.load_saved_trunk(path)
+        return saved.load_trunk(config, workdir)
     kept = path.exists() and _has_checkpoints(workdir)
-    trunk = pretrained.load_saved_trunk(path) if kept else load_trunk(config)
+    trunk = saved.load_trunk(config, workdir) if kept else setup.load_trunk(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, workdir / CONFIG)
-    if not kept:
-        pretrained.save_trunk(trunk, path)
+    config_lib.save(config, workdir / files_of.CONFIG)
+    if trunk is not None and not kept:
+        trunk_weights.save_trunk(trunk, path)
     return trunk
 
 
 def _has_checkpoints(workdir: Path) -> bool:
-    """Whether anything was trained that another config could not go on with."""
-    return any(workdir.glob(f"*/{CHECKPOINTS}/*"))
+    """Returns whether any category has a checkpoint."""
+    return any(workdir.glob(f"*/{files_of.CHECKPOINTS}/*"))
 
 
 def _check_trained(categories: list[str], workdir: Path) -> None:
-    """Refuses to evaluate what was not trained."""
+    """Rejects categories without a folder of checkpoints."""
     for category in categories:
-        folder = workdir / results.folder_name(category) / CHECKPOINTS
+        folder = workdir / files_of.folder_name(category) / files_of.CHECKPOINTS
         if not folder.is_dir():
-            trained = sorted(p.parent.name for p in workdir.glob(f"*/{CHECKPOINTS}"))
+            trained = sorted(
+                p.parent.name for p in workdir.glob(f"*/{files_of.CHECKPOINTS}")
+            )
             raise UserError(
                 f"Expected checkpoints of category {category!r} in {folder}, found "
                 f"those of {', '.join(trained) or 'none'}. Run the train.py command "
@@ -253,39 +202,43 @@ def _check_trained(categories: list[str], workdir: Path) -> None:
 
 
 def collect(
-    config: ConfigDict, workdir: Path, categories: list[str], trunk: pretrained.Trunk
+    config: ConfigDict, workdir: Path, categories: list[str], trunk: Trunk | None
 ) -> str:
-    """Joins the categories' results; returns what to tell the person."""
+    """Joins the categories' results and returns a text to print."""
     if not hosts.is_first():
         return "Results are reported by process 0."
     rows, decisions = {}, {}
     for name in categories:
-        path = workdir / results.folder_name(name) / RESULTS
+        path = files_of.category_folder(workdir, name) / files_of.RESULTS
         document = json.loads(path.read_text())
         metrics, decisions[name] = document["metrics"], document["decisions"]
-        rows[name] = results.with_nan(metrics)
+        rows[name] = with_nan(metrics)
     about = {
         "selection": config.selection,
         "selected_on_test": config.selection == config_lib.BEST_TEST_AUROC,
         "calibration": config.calibration,
         "decisions": decisions,
-        "trunk": dataclasses.asdict(trunk.identity),
+        "method": config.method,
+        "columns": metrics_base.columns(metrics_base.find(config.evaluation.metrics)),
+        "trunk": trunk and dataclasses.asdict(trunk.identity),
         "image_size": list(config.image_size),
         "versions": {
             name: metadata.version(name) for name in ("jax", "flax", "optax", "numpy")
         },
     }
     results.write(workdir, rows, about)
-    page.write(workdir)
-    lines = [results.table(rows, about)]
-    if trunk.identity.source.startswith("random"):
+    run_files.write_report(workdir)
+    lines = [tables.table(rows, about)]
+    if trunk and trunk.identity.source.startswith("random"):
         lines.append(
             "The trunk has random weights, whose features detect little: expect "
-            "poor numbers until you use a trained one (README, section Trunk weights)."
+            "poor numbers until you use a trained one (docs/trunks.md)."
         )
-    lines.append(f"Results: {workdir / RESULTS}, {workdir / 'results.csv'}")
-    lines.append(f"Report: {workdir / page.REPORT}")
-    lines.append(f"Pictures: {workdir}/<category>/pictures/<type>/*.png")
+    names = files_of.RESULTS, files_of.TABLE, files_of.REPORT, files_of.MAPS
+    document, table, report, maps = (workdir / name for name in names)
+    lines.append(f"Results: {document}, {table}")
+    lines.append(f"Report: {report}")
+    lines.append(f"Pictures: {workdir}/<category>/{files_of.PICTURES}/<type>/*.png")
     if config.evaluation.write_maps:
-        lines.append(f"Maps: {workdir / MAPS}/<category>/test/<type>/*.tiff")
+        lines.append(f"Maps: {maps}/<category>/test/<type>/*.tiff")
     return "\n".join(lines)

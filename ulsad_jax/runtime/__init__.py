@@ -1,1 +1,1 @@
-"""What runs need of the machine: devices, hosts, files, checkpoints, messages."""
+"""Provides the services of a run: devices, hosts, files, checkpoints, messages."""

@@ -1,4 +1,4 @@
-"""Checkpoints of one category; the only file that knows Orbax."""
+"""Saves and restores checkpoints; the only module that uses Orbax."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ import shutil
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from ulsad_jax.runtime import hosts
+from ulsad_jax.runtime.checksums import describe_layout, digest, digest_arrays
 from ulsad_jax.runtime.errors import UserError, sentence, storage_errors
 
-DIGEST = "digest"  # the item that says what the others were when they were saved
+DIGEST = "digest"  # the item with the checksums of the others
 METRICS = "metrics"  # Orbax's own item
-UNFINISHED = "*.orbax-checkpoint-tmp*"  # what is being saved
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # unfinished checkpoints
 CHANGED = "its values are not those that were saved"
-PATIENCE = 10  # tenths of a second, for what another process is just deleting
+PATIENCE = 10  # tenths of a second to wait for another process
 
 
 class CheckpointStore:
-    """The last and the best checkpoint of a category.
+    """A store of the last and the best checkpoint of a category.
 
-    Saving is asynchronous and atomic: a checkpoint is there whole or not at all. A
-    checkpoint holds six items: `model` (what evaluation needs), `optimizer`,
-    `progress`, `digest` (Orbax has no checksums of what is in arrays) and, unless
-    training was interrupted within an epoch, `calibration` and `decisions`.
-    The metrics of a checkpoint decide which one is best.
+    Saving is asynchronous and atomic: a checkpoint exists completely or not at all. It
+    holds up to six items: `model` (everything that evaluation needs), `optimizer`,
+    `progress`, `digest` (Orbax has no checksums of array contents) and, unless training
+    was interrupted within an epoch, `calibration` and `decisions`. The metrics of the
+    checkpoints determine the best one.
     """
 
     def __init__(
@@ -50,14 +49,14 @@ class CheckpointStore:
         largest: bool = False,
         read_only: bool = False,
     ):
-        """Opens the folder, or makes it.
+        """Opens the folder, or creates it.
 
         Args:
-            folder: of the checkpoints.
-            metric: the key, in what `save` is given, that ranks checkpoints; None to
-                keep the last one alone.
-            largest: whether the largest value is best, not the smallest.
-            read_only: whether to leave alone what another process may be saving.
+            folder: folder of the checkpoints.
+            metric: key that ranks checkpoints, of the metrics given to `save`; None to
+                keep the last checkpoint only.
+            largest: True if the largest value is best, False if the smallest is.
+            read_only: True to create no folder and delete no unfinished checkpoint.
         """
         self._folder = folder
         self._sign = 1.0 if largest else -1.0
@@ -74,7 +73,7 @@ class CheckpointStore:
             # Without it no metrics are written.
             best_fn=None if metric is None else self._rank,
             create=not read_only,
-            # Remains of a save that was killed are no checkpoint.
+            # Deletes the remains of a save that was killed.
             cleanup_tmp_directories=not read_only,
         )
         self._manager = self._open()
@@ -84,7 +83,7 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        """Waits until everything is on disk."""
+        """Waits until everything is on disk, unless another process was lost."""
         if hosts.tells_a_loss(error):
             return  # what several processes were saving stays unfinished
         with storage_errors(self._folder):
@@ -101,35 +100,39 @@ class CheckpointStore:
         decisions: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts to save; training may go on meanwhile. A saved step is left as it is.
+        """Starts saving a checkpoint, unless its step is saved already.
+
+        It waits for the previous save. Training may continue during this one.
 
         Args:
             step: number of updates so far.
-            model: a tree of arrays.
-            optimizer: a tree of arrays.
-            progress: JSON.
-            calibration: JSON; None within an epoch.
-            decisions: JSON; None within an epoch.
-            metrics: for choosing the best; None within an epoch.
+            model: tree of arrays.
+            optimizer: tree of arrays, which may be empty.
+            progress: JSON-compatible mapping.
+            calibration: JSON-compatible mapping; None within an epoch.
+            decisions: JSON-compatible mapping; None within an epoch.
+            metrics: values by name that rank checkpoints; None within an epoch.
 
         Raises:
-            UserError: there is no room for it.
+            UserError: the disk has too little free space.
         """
         self.wait()
         if step in self._manager.all_steps():
             return
         self._check_room((model, optimizer))
-        # Copies: the next step is given these very buffers to overwrite.
+        # Copies, because the next step overwrites these buffers.
         model, optimizer = jax.tree.map(jnp.copy, (model, optimizer))
-        arrays = {"model": model, "optimizer": {"state": optimizer}}
+        arrays = {"model": model}
+        if jax.tree.leaves(optimizer):  # Orbax rejects a tree without arrays
+            arrays["optimizer"] = {"state": optimizer}
         texts = {"progress": progress, "calibration": calibration}
         texts |= {"decisions": decisions}
         texts = {name: dict(text) for name, text in texts.items() if text is not None}
-        # Empty metrics rank last, as none do, but Orbax warns of none.
+        # Empty metrics rank last, like None, but Orbax warns about None.
         metrics = dict(metrics or {})
-        digests = {k: _digest_arrays(v) for k, v in arrays.items()}
-        digests |= {k: _digest(v) for k, v in {**texts, METRICS: metrics}.items()}
-        texts[DIGEST] = {**digests, DIGEST: _digest(digests)}
+        digests = {k: digest_arrays(v) for k, v in arrays.items()}
+        digests |= {k: digest(v) for k, v in {**texts, METRICS: metrics}.items()}
+        texts[DIGEST] = {**digests, DIGEST: digest(digests)}
         items = {k: ocp.args.StandardSave(v) for k, v in arrays.items()}
         items |= {k: ocp.args.JsonSave(v) for k, v in texts.items()}
         with storage_errors(self._folder):
@@ -141,17 +144,17 @@ class CheckpointStore:
             )
 
     def latest(self) -> int | None:
-        """The newest step, or None."""
+        """Returns the newest step, or None."""
         return self._manager.latest_step()
 
     def is_complete(self, step: int) -> bool:
-        """Whether it was saved at the end of an epoch, with what it is ranked by."""
+        """Returns whether a step was saved at the end of an epoch, with its metric."""
         return self._metric in self._read_metrics(step)
 
     def is_overtaken(self) -> bool:
-        """Tells whether training has saved or deleted a checkpoint since the opening.
+        """Returns whether training has saved or deleted a checkpoint since the opening.
 
-        It waits for that a while: what cannot be read may be just being deleted.
+        It waits up to a second, as an unreadable checkpoint may be being deleted.
         """
         for _ in range(PATIENCE):
             if self._list() != self._seen:
@@ -160,10 +163,10 @@ class CheckpointStore:
         return False
 
     def select(self, *, best: bool) -> int:
-        """The step to evaluate: the newest complete one, or the best.
+        """Returns the newest complete step to evaluate, or the best one.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no complete step.
         """
         ranked = [
             (self._rank(metrics) if best else step, step)
@@ -186,37 +189,60 @@ class CheckpointStore:
     def restore_training(
         self, step: int, *, model: Any, optimizer: Any
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Returns (model, optimizer, progress) as trees like the given ones."""
-        restored = self._restore(
-            step,
-            model=model,
-            optimizer={"state": optimizer},
-            progress=None,
-        )
-        return restored["model"], restored["optimizer"]["state"], restored["progress"]
+        """Returns (model, optimizer, progress), with trees like the given ones."""
+        items = {"model": model, "progress": None}
+        if jax.tree.leaves(optimizer):
+            items["optimizer"] = {"state": optimizer}
+        restored = self._restore(step, **items)
+        optimizer = restored.get("optimizer", {"state": optimizer})["state"]
+        return restored["model"], optimizer, restored["progress"]
 
     def restore_progress(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `progress`."""
+        """Returns the `progress` that was given to `save`."""
         return self._restore(step, progress=None)["progress"]
 
     def restore_model(
-        self, step: int, *, model: Any
+        self, step: int, sharding: jax.sharding.Sharding, *, like: Any = None
     ) -> tuple[Any, dict[str, float], dict[str, Any]]:
-        """Returns (model as a tree like the given one, calibration, decisions).
+        """Returns (model, calibration, decisions).
+
+        Args:
+            step: step of the checkpoint.
+            sharding: placement of the model's arrays.
+            like: tree with the shapes of the model; by default the saved shapes.
 
         Raises:
-            UserError: other networks; what is damaged; a checkpoint without decisions.
+            UserError: the shapes differ, an item is damaged, or the checkpoint has no
+                calibration or decisions.
         """
-        restored = self._restore(step, model=model, calibration=None, decisions=None)
+        if like is None:
+            like = self._read_shapes(step, "model")
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+        )
+        restored = self._restore(step, model=like, calibration=None, decisions=None)
         return restored["model"], restored["calibration"], restored["decisions"]
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises what went wrong."""
+        """Waits until everything is on disk, and raises the errors of saving."""
         with storage_errors(self._folder):
             self._manager.wait_until_finished()
 
+    def _read_shapes(self, step: int, name: str) -> Any:
+        """Reads the saved shapes of a tree of arrays; methods may change shapes."""
+        folder = self._folder / str(step) / name
+        with _silent():
+            try:
+                found = ocp.StandardCheckpointer().metadata(folder.absolute())
+                return found.item_metadata.tree
+            except Exception as error:  # any kind, as in `_read`
+                raise self._damage(step, name, str(error)) from error
+
     def _check_room(self, tree: Any) -> None:
-        """Foresees a full disk, of which Orbax would make pages of tracebacks."""
+        """Raises a UserError if the disk has too little space for a tree of arrays.
+
+        Orbax would report a full disk with pages of tracebacks.
+        """
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self._folder).free
         if free < needed:
@@ -238,7 +264,7 @@ class CheckpointStore:
                         self._folder.absolute(), options=self._options
                     )
                 except (ValueError, FileNotFoundError) as error:
-                    failure = str(error)  # of the metrics, all of which are read
+                    failure = str(error)  # all metrics are read on opening
             if not self.is_overtaken():
                 break
         for step in sorted(map(int, self._seen)):
@@ -253,7 +279,7 @@ class CheckpointStore:
         )
 
     def _list(self) -> set[str]:
-        """Returns the names of whole checkpoints that are on disk."""
+        """Returns the names of the complete checkpoints on disk."""
         if not self._folder.is_dir():
             return set()
         return {path.name for path in self._folder.iterdir() if path.name.isdigit()}
@@ -262,33 +288,37 @@ class CheckpointStore:
         found = self._manager.metrics(step)
         if found is None and self._metric is not None:
             raise self._damage(step, METRICS, "no such file")
-        digest = self._read_digests(step).get(METRICS)
-        if found is not None and digest not in (None, _digest(found)):
+        saved = self._read_digests(step).get(METRICS)
+        if found is not None and saved not in (None, digest(found)):
             raise self._damage(step, METRICS, CHANGED)
         return found or {}
 
     def _read_digests(self, step: int) -> dict[str, dict[str, Any]]:
-        """Returns what is known of every item; nothing in an earlier version's."""
+        """Returns the digests of all items; {} in an earlier version's checkpoint."""
         if not (self._folder / str(step) / DIGEST).is_dir():
             return {}
         digests = self._read(step, DIGEST)
-        if digests.pop(DIGEST, None) != _digest(digests):
+        if digests.pop(DIGEST, None) != digest(digests):
             raise self._damage(step, DIGEST, CHANGED)
         return digests
 
     def _restore(self, step: int, **items: Any) -> dict[str, Any]:
-        """Restores items: trees like the given ones, JSON where None is given.
+        """Restores items by name.
+
+        Args:
+            step: step of the checkpoint.
+            **items: trees with the shapes of the items; None for a JSON item.
 
         Raises:
-            UserError: one is not what was saved, or the trees are others.
+            UserError: an item is missing, damaged or has other shapes.
         """
         digests = self._read_digests(step)
         restored = {}
         for name, like in items.items():
-            digest = digests.get(name)
-            if digest and like is not None:
-                self._check_layout(step, digest["layout"], _describe_layout(like))
-            if not digest and not (self._folder / str(step) / name).is_dir():
+            saved = digests.get(name)
+            if saved and like is not None:
+                self._check_layout(step, saved["layout"], describe_layout(like))
+            if not saved and not (self._folder / str(step) / name).is_dir():
                 raise UserError(
                     f"Expected checkpoint {step} in {self._folder} to hold {name}, "
                     "found none: another version of ulsad_jax wrote it, or files were "
@@ -296,13 +326,13 @@ class CheckpointStore:
                     "folder."
                 )
             restored[name] = found = self._read(step, name, like)
-            read = _digest(found) if like is None else _digest_arrays(found)
-            if digest not in (None, read):
+            read = digest(found) if like is None else digest_arrays(found)
+            if saved not in (None, read):
                 raise self._damage(step, name, CHANGED)
         return restored
 
     def _read(self, step: int, name: str, like: Any = None) -> Any:
-        """Restores one item, without a word of Orbax's."""
+        """Restores one item, without any messages of Orbax."""
         args = (
             ocp.args.JsonRestore() if like is None else ocp.args.StandardRestore(like)
         )
@@ -312,7 +342,7 @@ class CheckpointStore:
                 return self._manager.restore(step, args=items)[name]
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # of all kinds, Exception itself among them
+        except Exception as error:  # any kind, including Exception itself
             cause = error.__cause__ or error.__context__
             failure = str(cause if cause and type(error) is Exception else error)
         raise self._damage(step, name, failure)
@@ -330,7 +360,7 @@ class CheckpointStore:
                 )
 
     def _damage(self, step: int, name: str, failure: str) -> UserError:
-        """Returns what to tell of an item that cannot be read, or is not as saved."""
+        """Returns the error for an item that is unreadable or not as it was saved."""
         folder = self._folder / str(step)
         files = re.findall(r'local file "([^"]+[^/"])"', failure)
         reason = " ".join(failure.split(" [tensorstore_spec")[0].split())
@@ -345,35 +375,12 @@ class CheckpointStore:
         )
 
 
-def _digest(value: Any) -> dict[str, Any]:
-    """Returns the checksum of what is written as JSON."""
-    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
-    return {"crc32": zlib.crc32(text.encode())}
-
-
-def _digest_arrays(tree: Any) -> dict[str, Any]:
-    """Returns the checksum and the layout of a tree of arrays."""
-    checksum = 0
-    for leaf in jax.tree.leaves(tree):
-        flat = np.ascontiguousarray(jax.device_get(leaf)).reshape(-1)
-        checksum = zlib.crc32(flat.view(np.uint8), checksum)
-    return {"crc32": checksum, "layout": _describe_layout(tree)}
-
-
-def _describe_layout(tree: Any) -> dict[str, str]:
-    """Returns type and shape of every array by its path."""
-    return {
-        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keeps the log and the warnings of libraries from the console.
+    """Suppresses the log messages and warnings of libraries.
 
-    If that fails, Orbax's tasks stay silent for good: they complain in threads of their
-    own, and whenever they happen to be collected.
+    After an exception Orbax's tasks stay silent for good, because they report their
+    errors in threads of their own, and only when they are garbage-collected.
     """
     disabled, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""What compiling takes: programs kept for the next start, and quick random draws."""
+"""Reduces compile time: caches programs, and draws random numbers quickly."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import jax
 
 
 def keep(cache_dir: str) -> None:
-    """Keeps compiled programs in a folder, unless JAX is told of one already.
+    """Keeps compiled programs in a folder, unless JAX has a compilation cache already.
 
-    The next start reads them, so that compiling takes a second or two in place of a
-    minute. Where the folder cannot be written, it compiles every time.
+    The next start reads them, so that compiling takes a second or two instead of a
+    minute. If the folder cannot be written, programs are compiled at every start.
 
     Args:
-        cache_dir: where prepared data sets are, too (`config.dataset.cache_dir`).
+        cache_dir: folder of prepared data sets (`config.dataset.cache_dir`); compiled
+            programs go to its folder `xla`.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
@@ -27,25 +28,26 @@ def keep(cache_dir: str) -> None:
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # Also what compiles in less than JAX's second: there is much of it.
+        # Also programs that compile in less than JAX's second: there are many.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def draw_by_kernel() -> None:
-    """Random draws on GPUs are calls of JAX's own kernel, which gives the same numbers.
+    """Makes GPUs draw random numbers with JAX's own kernel; the numbers stay the same.
 
-    Otherwise XLA compiles every draw: the networks' initial weights in 12 s rather than
-    1 s on an H200.
+    Otherwise XLA compiles every draw, and the networks' initial weights take 12 s
+    instead of 1 s on an H200.
     """
-    with contextlib.suppress(AttributeError):  # a JAX that knows no other way
+    with contextlib.suppress(AttributeError):  # a JAX without the option
         jax.config.update("jax_threefry_gpu_kernel_lowering", True)
 
 
 def run_once() -> dict[str, int]:
-    """`compiler_options` for a function that is called once, such as random weights.
+    """Returns `compiler_options` for a function that is called once.
 
-    XLA's CPU compiler takes four times as long to optimise many random draws as to
-    compile them plainly, and the numbers are the same.
+    An example is the drawing of random weights. XLA's CPU compiler takes four times as
+    long to optimise many random draws as to compile them without optimisation, and the
+    numbers are the same.
     """
     cpu = jax.default_backend() == "cpu"
     return {"xla_backend_optimization_level": 1} if cpu else {}

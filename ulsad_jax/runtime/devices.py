@@ -1,30 +1,27 @@
-"""Many devices: a batch is split over them, everything else is on each of them.
+"""Splits batches over many devices; all other arrays are replicated on each device.
 
-They may belong to several processes, each of which then deals with its own rows. A
+The devices may belong to several processes, each of which handles its own rows. A
 jitted function of arrays placed like this is the function of the whole batch: XLA
-finds out what the devices have to tell each other, such as batch norm's moments and
-sums of gradients. With one device nothing is split.
+adds the communication between devices, for example for batch norm's moments and
+for sums of gradients. With one device nothing is split.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ulsad_jax.methods.ulsad.networks import Ulsad
-from ulsad_jax.runs import training
+from ulsad_jax.runtime import hosts
 from ulsad_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, UInt8
-
-    from ulsad_jax.trunks.features import FeatureSource
+    from jaxtyping import Array, Float, Int
 
 DATA = "data"  # the mesh's axis, along which batches are split
 PMAP = "pmap"
@@ -36,22 +33,22 @@ class Devices:
     """The devices of a run.
 
     Attributes:
-        mesh: all of them along `DATA`.
+        mesh: mesh of all devices along the axis `DATA`.
     """
 
     mesh: Mesh
 
     def __len__(self) -> int:
-        """How many devices there are."""
+        """Returns the number of devices."""
         return self.mesh.size
 
     @property
     def everywhere(self) -> NamedSharding:
-        """Of arrays that every device has whole."""
+        """The sharding of arrays that are replicated on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def replicate(self, tree: Any) -> Any:
-        """Puts a tree of arrays, of which every process has all, on every device."""
+        """Copies a tree of arrays, which every process holds whole, to every device."""
 
         def put(x: Any) -> jax.Array:
             x = np.asarray(x)
@@ -60,31 +57,26 @@ class Devices:
         return jax.tree.map(put, tree)
 
     def split(self, batch: Float[np.ndarray, "b ..."]) -> Float[Array, "b ..."]:
-        """Splits an array along its rows, a multiple of the devices."""
+        """Splits an array along its rows, whose number is a multiple of the devices."""
         return self.place(batch[self.own(len(batch))])
 
-    def load(
-        self, source: FeatureSource, rows: Int[np.ndarray, " b"]
-    ) -> tuple[Float[Array, "b h/8 w/8 c"], UInt8[Array, "b h w 3"]]:
-        """Features and images of some rows, as a batch on the devices."""
-        features, images = source.batch(rows[self.own(len(rows))])
-        return self.place(features), self.place(images)
-
     def own(self, batch_size: int) -> slice:
-        """The rows of a batch that this process's devices have."""
+        """Returns the slice of a batch's rows that this process's devices hold."""
         share = batch_size // jax.process_count()
         start = jax.process_index() * share
         return slice(start, start + share)
 
     def ask(self, stop: list[int]) -> list[int] | jax.Array:
-        """Whether any process was asked to stop: true or false, the same in all.
+        """Returns a value that is true if any process was asked to stop.
+
+        It is the same in all processes.
 
         Args:
-            stop: signals that this process received.
+            stop: numbers of the signals that this process received.
 
         Returns:
-            `stop` itself if there is one process; else the largest signal's number,
-            which may still be on its way.
+            `stop` itself with one process; otherwise the largest signal number of all
+            processes, int32 [], which may still be being computed.
         """
         if jax.process_count() == 1:
             return stop
@@ -92,7 +84,12 @@ class Devices:
         return _largest(self.place(mine))
 
     def place(self, rows: np.ndarray | jax.Array) -> jax.Array:
-        """A batch of which every process gives its own rows, unless it is placed."""
+        """Returns a batch split over the devices, from the rows of every process.
+
+        Args:
+            rows: this process's rows as a NumPy array; or a whole JAX array, which is
+                returned as it is if it is split already.
+        """
         sharding = NamedSharding(self.mesh, PartitionSpec(DATA))
         if isinstance(rows, jax.Array):
             there = rows.sharding.is_equivalent_to(sharding, rows.ndim)
@@ -100,15 +97,19 @@ class Devices:
         return jax.make_array_from_process_local_data(sharding, rows)
 
     def round_up(self, batch_size: int) -> int:
-        """The next batch size that can be split, for batches that may be filled up."""
+        """Returns the smallest multiple of the number of devices >= `batch_size`.
+
+        It serves batches that may be padded.
+        """
         return -(-batch_size // len(self)) * len(self)
 
 
 def find_devices(count: int = 0) -> Devices:
-    """The first `count` devices, or all of them for 0.
+    """Returns the first `count` devices, or all of them if `count` is 0.
 
     Raises:
-        UserError: there are fewer, or several processes and not all are wanted.
+        UserError: there are fewer devices, or there are several processes and `count`
+            excludes some of their devices.
     """
     found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if count > len(found):
@@ -127,11 +128,16 @@ def find_devices(count: int = 0) -> Devices:
 
 
 def check_trainable(devices: Devices, batch_size: int, backend: str) -> None:
-    """Refuses to train in a way that does not go with the devices.
+    """Checks that training is possible on the devices.
+
+    Args:
+        devices: devices of the run.
+        batch_size: number of images in a batch.
+        backend: one of `BACKENDS`.
 
     Raises:
-        UserError: the batch cannot be split evenly, and says which sizes, and how many
-            devices, would do; or pmap with several processes.
+        UserError: the batch cannot be split evenly (the message suggests batch sizes
+            and numbers of devices), or pmap is used with several processes.
     """
     n = len(devices)
     if backend == PMAP and jax.process_count() > 1:
@@ -158,39 +164,20 @@ def _largest(values: Int[Array, " n"]) -> Int[Array, ""]:
     return values.max()
 
 
-def make_train_step(
-    model: Ulsad,
-    loss_fn: Callable,
-    optimizer: optax.GradientTransformation,
-    *,
-    devices: Devices,
-    backend: str,
-) -> Callable[..., tuple[training.TrainState, dict[str, Float[Array, ""]]]]:
-    """The update over all devices: `step(state, features, image)`.
+def host_bytes() -> int:
+    """Returns the memory of the machine or its container in bytes.
 
-    Args:
-        model: the networks.
-        loss_fn: see `losses.make_loss_fn`.
-        optimizer: see `training.make_optimizer`.
-        devices: where the state is whole and the batch is split.
-        backend: "jit", or "pmap", which runs the update on every device's share of the
-            batch and averages moments, gradients and losses.
+    With several hosts it is the smallest of their memories.
     """
-    if backend != PMAP:
-        return training.make_train_step(
-            model, loss_fn, optimizer, sharding=devices.everywhere
-        )
-    update = jax.pmap(
-        training.make_update(model.clone(axis_name=DATA), loss_fn, optimizer),
-        axis_name=DATA,
-        in_axes=(None, 0, 0),
-        out_axes=None,
-        devices=list(devices.mesh.devices),
-        donate_argnums=0,
-    )
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    own = total if text == "max" else min(total, int(text))
+    least = hosts.gather(np.int32([own // 2**20])).min()  # the same in all processes
+    return int(least) * 2**20
 
-    def step(state, features, image):
-        shares = [x.reshape(len(devices), -1, *x.shape[1:]) for x in (features, image)]
-        return update(state, *shares)
 
-    return step
+def device_bytes() -> int:
+    """Returns the memory of a device in bytes; 0 if it is the host's, as on CPUs."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", 0)

@@ -1,4 +1,4 @@
-"""The errors that a user can act on, and how a program reports them."""
+"""Defines the errors that a user can correct, and how a program reports them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STORAGE = {
     errno.EEXIST: "a file where a folder should be: give a folder elsewhere",
     errno.ENAMETOOLONG: "the name is too long: give a folder with a shorter one",
 }
-# What decides how much memory is needed; the first two may change within a run.
+# Fields that determine the memory needed; the first two may change within a run.
 _SIZES = (
     *("evaluation.batch_size", "train.feature_memory", "train.batch_size"),
     *("image_size", "model.local_width"),
@@ -30,7 +30,11 @@ _SIZES = (
 
 @contextmanager
 def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what libraries make of a full disk back into an `OSError` at `path`."""
+    """Converts library exceptions about storage, such as a full disk, to `OSError`.
+
+    Args:
+        path: path that the `OSError` names.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -42,7 +46,7 @@ def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class UserError(Exception):
-    """Something outside the program has to change: a flag, a file, the data.
+    """An error that the user can correct: a flag, a file or the data has to change.
 
     The message says what was expected, what was found, where, and what to do. The
     command-line programs print it without a traceback.
@@ -50,26 +54,34 @@ class UserError(Exception):
 
 
 def sentence(found: object) -> str:
-    """What another program said, within a message: it ends with one mark."""
+    """Returns another program's message as a sentence, for use within a message."""
     text = str(found).rstrip(" .")
     return text if text.endswith(("?", "!")) else f"{text}."
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the closest known one, if any."""
+    """Returns a suggestion of the closest known name, or "" if none is close.
+
+    It is the end of a message about an unknown name.
+    """
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 class Diverged(UserError):
-    """Training gave a loss that is not finite."""
+    """An error raised when training gives a loss that is not finite."""
 
 
 class Interrupted(Exception):
-    """A signal asked to stop, and the state is saved."""
+    """An exception raised after a signal asked to stop and the state was saved."""
 
     def __init__(self, signum: int, step: int):
-        """Says by which signal and after which step."""
+        """Composes the message.
+
+        Args:
+            signum: number of the signal.
+            step: last step before the stop.
+        """
         super().__init__(
             f"Stopped by {signal.Signals(signum).name} after step {step}. Everything "
             "is saved: run the same command again to go on."
@@ -78,7 +90,7 @@ class Interrupted(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether it is what Python, NumPy or XLA raise where memory is short."""
+    """Returns whether an exception of Python, NumPy or XLA means too little memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     told = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
@@ -86,7 +98,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _explain_memory(error: BaseException) -> str:
-    """Returns what to tell about memory that does not suffice."""
+    """Returns the message for an exception that means too little memory."""
     asked = re.search(r"alloc\w*:? ([\d.]+) ?([KMGTP]?i?B|bytes)\b", str(error))
     amount = "what this command needs"
     if asked:
@@ -106,13 +118,13 @@ def _explain_memory(error: BaseException) -> str:
 def reported(
     *, stopped: str = "Stopped. Run the same command again to go on."
 ) -> Iterator[None]:
-    """Turns foreseeable errors into one message and an exit status.
+    """Turns expected errors into one message and an exit status.
 
-    1 for an error, 128 + the signal's number when interrupted; anything unforeseen
-    keeps its traceback.
+    The status is 1 for an error, and 128 + the signal's number for an interruption.
+    Unexpected errors keep their traceback.
 
     Args:
-        stopped: what to say after Ctrl-C.
+        stopped: message printed after Ctrl-C.
     """
     try:
         yield
@@ -125,7 +137,7 @@ def reported(
         print(stopped, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        # At once: XLA's threads may still compute, and crash a program that tidies up.
+        # XLA's threads may still compute, and could crash an orderly exit.
         os._exit(128 + signal.SIGINT)
     except (OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""Names of files, and writing a file whole or not at all."""
+"""Makes file names, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import csv
 import hashlib
 import io
 import os
+import re
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-LONGEST_NAME = 255  # bytes, of what file systems take
+LONGEST_NAME = 255  # bytes, the limit of common file systems
 
 
 def fit_name(stem: str, ending: str = "") -> str:
-    """Returns a file's name, `stem` and `ending`, that a file system takes.
+    """Returns the file name `stem + ending`, shortened if it is too long.
 
-    What is longer than 255 bytes is cut between two characters; a hash of the whole
-    stem keeps two long names apart.
+    A name of more than 255 bytes is cut between two characters. A hash of the whole
+    stem is added, so that two long names stay different.
     """
     if len(os.fsencode(stem + ending)) <= LONGEST_NAME:
         return stem + ending
@@ -30,8 +32,27 @@ def fit_name(stem: str, ending: str = "") -> str:
 LOCK = ".lock"  # in a work directory while a command writes to it; see `lock.hold`
 
 
+def safe_name(name: str, ending: str = "") -> str:
+    """Returns a unique file name that cannot leave its folder.
+
+    Args:
+        name: any text; different texts give different file names.
+        ending: text to append, such as ".png"; see `fit_name`.
+    """
+    plain = re.sub(r"[^\w.-]", "_", name).lstrip(".")
+    return fit_name(name if plain == name != "" else mark(plain, name), ending)
+
+
+def mark(plain: str, name: str) -> str:
+    """Returns `plain` with a checksum of `name` appended."""
+    return f"{plain or '_'}-{zlib.crc32(os.fsencode(name)):08x}"
+
+
 def find_content(path: Path) -> str:
-    """What makes a folder neither new nor empty, for a message; "" if it is either."""
+    """Returns a description of a path's content for a message; "" if it has none.
+
+    A folder that is empty or holds only the lock file has no content.
+    """
     if not path.exists():
         return ""
     if path.is_dir() and all(inside.name == LOCK for inside in path.iterdir()):
@@ -40,7 +61,7 @@ def find_content(path: Path) -> str:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Writes a file anew; whatever goes wrong, what was there before is kept."""
+    """Replaces the content of a file; if writing fails, the old content is kept."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -54,7 +75,7 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 def replace_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a CSV file anew, in UTF-8, as `replace` does."""
+    """Replaces the content of a CSV file, in UTF-8, as `replace` does."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     replace(path, text.getvalue())

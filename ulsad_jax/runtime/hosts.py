@@ -1,8 +1,8 @@
-"""Many hosts: one process each, which run one program and tell each other little.
+"""Coordinates many hosts, with one process each, that run the same program.
 
-Every process reads its share of the images, computes on its own devices, and knows all
-results. The first one alone reports and writes; checkpoints are written by all. With
-one process nothing here does anything.
+Every process reads its share of the images, computes on its own devices, and has
+all results. Only the first one reports and writes files; checkpoints are written by
+all. With one process nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jax.experimental import multihost_utils
 
 from ulsad_jax.runtime.errors import UserError, is_out_of_memory, sentence
 
-SHUTDOWN_SECONDS = 10  # that a failing process gives the others to fail, too
+SHUTDOWN_SECONDS = 10  # time a failing process gives the others to end
 
 
 def is_first() -> bool:
-    """Whether this process is the one that reports and writes."""
+    """Returns whether this process is the one that reports and writes."""
     return jax.process_index() == 0
 
 
@@ -38,18 +38,19 @@ def joined(
 ) -> Iterator[None]:
     """Joins the other processes, and leaves when all are done.
 
-    What is None is found out by JAX: from SLURM, Kubernetes, Open MPI or a TPU pod.
+    JAX finds out the arguments that are None: from SLURM, Kubernetes, Open MPI or a TPU
+    pod.
 
     Args:
         coordinator: "host:port" of process 0.
-        num_processes: how many there are.
-        process_id: this one's number, from 0.
-        heartbeat_seconds: after which a silent process is taken for dead, and the
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
+        heartbeat_seconds: time after which a silent process is taken for dead, and the
             others end.
 
     Raises:
-        UserError: they cannot be found. If one is lost later, this one ends at once,
-            with a message and status 1.
+        UserError: the other processes cannot be found. If one is lost later, this
+            process ends at once, with a message and status 1.
     """
     # JAX's preemption service would take SIGTERM away from the trainer.
     jax.config.update("jax_enable_preemption_service", False)
@@ -70,7 +71,8 @@ def joined(
             "and --process_id=."
         ) from error
     try:
-        # At once: on CPUs the first one connects them, and gives up after 30 seconds.
+        # At once: on CPUs the first collective connects the processes, and fails
+        # after 30 seconds.
         multihost_utils.sync_global_devices("joined")
         yield
         multihost_utils.sync_global_devices("done")
@@ -85,15 +87,15 @@ def joined(
         )
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # a program that tidies up would wait for the one that is gone
+        os._exit(1)  # an orderly exit would wait for the lost process
 
 
 def gather(tree: Any) -> Any:
-    """A tree of whole NumPy arrays, in every process.
+    """Returns a tree of whole NumPy arrays, in every process.
 
     Args:
-        tree: of arrays on the devices of all processes, or of NumPy arrays [b, ...]
-            that are each process's share of the rows.
+        tree: tree of arrays on the devices of all processes, or of NumPy arrays
+            [b, ...] with this process's share of the rows.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -101,14 +103,15 @@ def gather(tree: Any) -> Any:
 
 
 def check_same(text: str, what: str) -> None:
-    """Refuses to go on where processes have different texts.
+    """Checks that all processes have the same text.
 
     Args:
-        text: this process's.
-        what: it is, for the message.
+        text: text of this process.
+        what: name of the text, for the message.
 
     Raises:
-        UserError: in every process; it says which ones differ from process 0.
+        UserError: texts differ. Every process raises it, and the message lists the
+            processes that differ from process 0.
     """
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     digests = gather(digest[None])
@@ -123,10 +126,10 @@ def check_same(text: str, what: str) -> None:
 
 @contextmanager
 def first_alone(what: str) -> Iterator[None]:
-    """Lets the first process do something before the others do, and find it done.
+    """Runs the block in the first process, and then in the others.
 
     Args:
-        what: a name for it.
+        what: name of the block, the same in all processes.
     """
     if not is_first():
         multihost_utils.sync_global_devices(what)
@@ -136,7 +139,7 @@ def first_alone(what: str) -> Iterator[None]:
 
 
 def tells_a_loss(error: BaseException | None) -> bool:
-    """Whether it is what is raised where another process went away."""
+    """Returns whether an exception means that another process was lost."""
     if error is None or jax.process_count() == 1 or is_out_of_memory(error):
         return False
     kinds = jax.errors.JaxRuntimeError, TimeoutError

@@ -1,4 +1,4 @@
-"""One command at a time writes to a work directory."""
+"""Locks work directories, so that one command at a time writes to each."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from pathlib import Path
 from ulsad_jax.runtime import files, hosts
 from ulsad_jax.runtime.errors import UserError
 
-# What file systems without locks say, and network ones whose lock service is off.
+# Errors of file systems without locks, or with their lock service switched off.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[None]:
-    """Keeps other commands from writing to a work directory, or is kept from it.
+    """Locks a work directory, so that no other command writes to it.
 
-    The operating system drops the lock with the process, however that ends. Of the
-    processes of one run the first one alone takes it. A folder that is not there is
-    made, and removed if nothing comes into it. Where the file system has no locks,
-    that is said, and the command goes on.
+    The operating system releases the lock when the process ends, in whatever way. Of
+    the processes of one run only the first takes the lock. A missing folder is created,
+    and removed again if it stays empty. If the file system has no locks, a message says
+    so, and the command continues.
 
     Args:
-        workdir: the folder.
+        workdir: folder of the work directory.
 
     Raises:
-        UserError: another command holds it; the message says which.
+        UserError: another command holds the lock; the message names its process.
         OSError: the folder cannot be written to.
     """
     if not hosts.is_first():
@@ -42,22 +42,24 @@ def hold(workdir: Path) -> Iterator[None]:
     path = workdir / files.LOCK
     try:
         while (file := _take(path)) is None:
-            pass  # who held it has just removed it
+            pass  # the previous holder has just removed it
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # as long as it is ours
+            path.unlink(missing_ok=True)  # while this process holds it
             os.close(file)
     finally:
         for folder in made:
-            with contextlib.suppress(OSError):  # something is in it
+            with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
 def _take(path: Path) -> int | None:
-    """Returns the file, open, locked and with this process's name in it.
+    """Opens and locks the lock file, and writes this process's name into it.
 
-    None, if who held it has removed the file or its folder since it was opened.
+    Returns:
+        The file descriptor; None if the previous holder has removed the file or its
+        folder since it was opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -104,5 +106,5 @@ def _describe_holder(path: Path) -> str:
     try:
         about = json.loads(path.read_text())
         return "process {process} on {host}, since {since},".format(**about)
-    except (OSError, ValueError, KeyError):  # it is just beginning, or ending
+    except (OSError, ValueError, KeyError):  # its holder is just starting or ending
         return "another process"

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, plain lines elsewhere."""
+"""Shows progress bars on a terminal, and plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ def progress(
     unit: str = " images",
     announce: bool = False,
 ) -> tqdm:
-    """A bar that appears after a second, and goes when the work is done.
+    """Returns a bar that appears after a second and disappears at the end of the work.
 
     Args:
-        items: to iterate over; None if the caller calls `update`.
-        title: of the bar.
-        total: how many items there are, if they have no length.
-        unit: what the items are.
-        announce: without a terminal, prints the title and the total in a line.
+        items: items to iterate over; None if the caller calls `update`.
+        title: title of the bar.
+        total: number of items, if they have no length.
+        unit: unit of the items, with a space before it.
+        announce: True to print the title and the total in a line if there is no
+            terminal.
     """
     terminal = sys.stderr.isatty()
     if announce and not terminal:

@@ -1,4 +1,4 @@
-"""Time and memory of the stages of a run, in stages.json of a category's folder."""
+"""Records the time and memory of the stages of a run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ import jax
 
 from ulsad_jax.runtime import files, hosts
 
-STAGES = "stages.json"
-
 
 @contextlib.contextmanager
-def measure(folder: Path, stage: str) -> Iterator[None]:
-    """Records what the block took, in place of what the stage took before.
+def measure(path: Path, stage: str) -> Iterator[None]:
+    """Records the time and memory of a block, and replaces the stage's earlier record.
 
-    Memory is the most that the process, and its device, have had until the stage's
-    end: neither can be asked for a single stage. Where the backend does not count,
-    as on CPUs, the device's is None.
+    Memory is the peak of the process, and of its device, from the start of the process
+    to the end of the stage, because neither has a peak per stage. The device's peak is
+    None if the backend does not measure it, as on CPUs.
 
     Args:
-        folder: of the category.
-        stage: its name.
+        path: JSON file of all stages.
+        stage: name of the stage.
     """
     started = time.perf_counter()
     yield
@@ -41,13 +39,12 @@ def measure(folder: Path, stage: str) -> Iterator[None]:
         "device": device.device_kind,
         "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
     }
-    path = folder / STAGES
     others = json.loads(path.read_text()) if path.exists() else {}
-    others.pop(stage, None)  # in the order in which they ran
+    others.pop(stage, None)  # keeps the stages in the order of their runs
     files.replace(path, json.dumps(others | {stage: record}, indent=2) + "\n")
 
 
 def peak_bytes() -> int:
-    """The most memory that the process has had."""
+    """Returns the peak memory of the process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # KiB on Linux

@@ -1,4 +1,4 @@
-"""What a run says while it goes: console, metrics.jsonl, TensorBoard."""
+"""Writes the messages and metrics of a run: console, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ulsad_jax.runtime import files, hosts
 
 
 def open_writer(folder: Path, category: str) -> Writer | Silence:
-    """A category's writer, or silence in all processes but the first."""
+    """Returns a category's writer, or `Silence` in all processes but the first."""
     return Writer(folder, category) if hosts.is_first() else Silence()
 
 
 class Silence:
-    """Takes what a `Writer` takes, and writes nothing."""
+    """A substitute for `Writer` that writes nothing."""
 
     def __enter__(self) -> Silence:
         """Returns itself."""
@@ -32,14 +32,14 @@ class Silence:
 
 
 class Writer:
-    """Writes the metrics of one category."""
+    """A writer of the metrics of one category."""
 
     def __init__(self, folder: Path, category: str):
         """Opens the category's files.
 
         Args:
-            folder: of the category, inside the work directory.
-            category: named in every console line.
+            folder: folder of the category, inside the work directory.
+            category: name of the category, printed in every console line.
         """
         self._category = category
         self._path = folder / "metrics.jsonl"
@@ -50,10 +50,10 @@ class Writer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Flushes everything."""
+        """Writes everything to disk and closes the files."""
         try:
             self._tensorboard.close()
-        except OSError:  # it would try again, in vain, when the program ends
+        except OSError:  # it would try again when the program ends
             self._tensorboard.file_writer.event_writer.close = lambda: None
             raise
 
@@ -72,23 +72,26 @@ class Writer:
         """Reports an epoch: a console line, a JSON line, and scalars.
 
         Args:
-            epoch: from 1.
-            num_epochs: of the whole run.
-            step: updates so far.
+            epoch: number of the epoch, from 1.
+            num_epochs: number of epochs of the whole run.
+            step: number of updates so far.
             record: metrics by name, such as "loss/total".
-            seconds: that the epoch took.
+            seconds: duration of the epoch.
         """
         terms = ", ".join(
             f"{name.removeprefix('loss/')} {value:.4f}"
             for name, value in record.items()
             if name.startswith("loss/") and name != "loss/total"
         )
-        line = f"epoch {epoch}/{num_epochs}: loss {record['loss/total']:.4f} ({terms})"
+        parts = [f"epoch {epoch}/{num_epochs}:"]
+        if "loss/total" in record:
+            parts.append(f"loss {record['loss/total']:.4f} ({terms}),")
         if "validation/total" in record:
-            line += f", validation {record['validation/total']:.4f}"
+            parts.append(f"validation {record['validation/total']:.4f},")
         if "test/image_auroc" in record:
-            line += f", test image AUROC {record['test/image_auroc']:.4f}"
-        self.say(f"{line}, {seconds:.1f} s")
+            parts.append(f"test image AUROC {record['test/image_auroc']:.4f},")
+        line = " ".join(parts)
+        self.say(f"{line} {seconds:.1f} s")
         entry = {"epoch": epoch, "step": step, **record, "seconds": seconds}
         with self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -96,7 +99,7 @@ class Writer:
             self._tensorboard.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
-        """Drops what was written after `step`, which is about to happen again."""
+        """Removes the JSON lines after `step`, because training repeats those steps."""
         if not self._path.exists():
             return
         kept = []
@@ -104,7 +107,7 @@ class Writer:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except ValueError:  # the line that a kill cut off
+            except ValueError:  # a line cut off by a kill
                 break
         files.replace(self._path, "".join(kept))
 

@@ -1,1 +1,1 @@
-"""From maps to one scale, thresholds, scores and decisions."""
+"""Turns maps into calibrated maps, thresholds, scores and decisions."""

@@ -1,84 +1,76 @@
-"""From the networks' outputs to anomaly maps and image scores."""
+"""Calibrates anomaly maps to one scale, and fuses them."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+import operator
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax.methods.ulsad.losses import distance
-from ulsad_jax.methods.ulsad.networks import Outputs
 from ulsad_jax.nn.layers import resize_matrix
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Float
+
+    Maps = Mapping[str, Float[ArrayLike, "b h w"]]
 
 BLUR_SIGMA = 4.0
 BLUR_RADIUS = 16
 LOW_QUANTILE, HIGH_QUANTILE = 0.9, 0.995
-COSINE_WEIGHT = 0.5  # lambda of the maps' distances, whatever the losses' are
-
-
-class Maps(NamedTuple):
-    """Anomaly maps at image size, [b, h, w] float32, larger is more anomalous.
-
-    Attributes:
-        local: how badly the features are reconstructed (structural anomalies).
-        global_: where local prediction and global output disagree (logical ones).
-    """
-
-    local: jax.Array
-    global_: jax.Array
 
 
 @flax.struct.dataclass
 class Calibration:
-    """The affine maps that make local and global maps comparable.
+    """The affine functions that make maps of different kinds comparable.
 
     A calibrated map is (map - offset) * scale: 0 at the 0.9 quantile of validation
-    normals, 0.1 at their 0.995 quantile.
+    normals, 0.1 at their 0.995 quantile. A map without an offset stays as it is.
 
     Attributes:
-        local_offset: of the local map.
-        local_scale: of the local map.
-        global_offset: of the global map.
-        global_scale: of the global map.
-        display_low: the fused value drawn coldest, in every picture of a run.
-        display_high: the fused value drawn hottest.
+        offset: offset by a map's name, in that map's unit.
+        scale: scale by a map's name.
+        display_low: fused value of the coldest colour in every picture of a run.
+        display_high: fused value of the hottest colour in every picture of a run.
     """
 
-    local_offset: float = 0.0
-    local_scale: float = 1.0
-    global_offset: float = 0.0
-    global_scale: float = 1.0
+    offset: dict[str, float] = flax.struct.field(default_factory=dict)
+    scale: dict[str, float] = flax.struct.field(default_factory=dict)
     display_low: float = 0.0
     display_high: float = 1.0
 
+    def to_json(self) -> dict[str, float]:
+        """Returns {"<map>_offset": ..., "<map>_scale": ..., "display_low": ...}."""
+        return {
+            **{f"{name}_offset": value for name, value in self.offset.items()},
+            **{f"{name}_scale": value for name, value in self.scale.items()},
+            "display_low": self.display_low,
+            "display_high": self.display_high,
+        }
 
-def raw_maps(outputs: Outputs, image_size: tuple[int, int]) -> Maps:
-    """Maps before calibration: d(x, r) and d(g, p), enlarged and blurred.
-
-    Args:
-        outputs: of the networks, not in training mode.
-        image_size: (height, width) of the maps.
-    """
-    pairs = ("features", "local"), ("global_", "predicted_global")
-    distances = [
-        distance(outputs[a], outputs[b], cosine_weight=COSINE_WEIGHT) for a, b in pairs
-    ]
-    return Maps(*(enlarge_and_blur(d, image_size) for d in distances))
+    @classmethod
+    def from_json(cls, document: Mapping[str, float]) -> Calibration:
+        """Returns the calibration from the result of `to_json`."""
+        fields: dict[str, Any] = {"offset": {}, "scale": {}}
+        for key, value in document.items():
+            name, _, kind = key.rpartition("_")
+            if kind in fields:
+                fields[kind][name] = value
+            else:
+                fields[key] = value
+        return cls(**fields)
 
 
 def enlarge_and_blur(
     maps: Float[Array, "b h w"], size: tuple[int, int]
 ) -> Float[Array, "b height width"]:
-    """Bilinear resize to `size`, then a Gaussian blur (sigma 4, 33 x 33, reflected).
+    """Resizes maps bilinearly, then blurs (Gaussian, sigma 4, 33 x 33, reflected).
 
-    Both act on each axis apart and are linear: together, one matrix an axis.
+    Both are linear and act on each axis separately, so one matrix per axis does both.
     """
     rows = _enlarge_and_blur_matrix(maps.shape[1], size[0])
     columns = _enlarge_and_blur_matrix(maps.shape[2], size[1])
@@ -88,93 +80,84 @@ def enlarge_and_blur(
 
 
 def fuse(maps: Maps, calibration: Calibration) -> Float[Array, "b h w"]:
-    """The anomaly map: half the calibrated local plus half the global map."""
-    local, global_ = calibrate_maps(maps, calibration)
-    return 0.5 * local + 0.5 * global_
+    """Returns the anomaly map: the mean of the calibrated maps."""
+    calibrated = calibrate_maps(maps, calibration).values()
+    return functools.reduce(operator.add, (m * (1 / len(maps)) for m in calibrated))
 
 
-def calibrate_maps(maps: Maps, calibration: Calibration) -> Maps:
-    """Applies the calibration to both maps."""
-    c = calibration
-    return Maps(
-        (maps.local - c.local_offset) * c.local_scale,
-        (maps.global_ - c.global_offset) * c.global_scale,
-    )
+def calibrate_maps(
+    maps: Maps, calibration: Calibration
+) -> dict[str, Float[Array, "b h w"]]:
+    """Applies the calibration to every map that it has an offset for."""
+    offset, scale = calibration.offset, calibration.scale
+    return {
+        name: (m - offset[name]) * scale[name] if name in offset else m
+        for name, m in maps.items()
+    }
 
 
 def image_score(anomaly_map: Float[Array, "b h w"]) -> Float[Array, " b"]:
-    """An image's score: the maximum of its map."""
+    """Returns the score of each image: the maximum of its map."""
     return anomaly_map.max((1, 2))
 
 
-def calibrate(
-    local: Float[np.ndarray, "n h w"],
-    global_: Float[np.ndarray, "n h w"],
-    *,
-    method: str,
-) -> Calibration:
+def calibrate(maps: Maps, *, method: str) -> Calibration:
     """Measures the calibration on the raw maps of validation normals.
 
     Args:
-        local: their raw local maps.
-        global_: their raw global maps.
+        maps: raw maps by name, [n, h, w] float32.
         method: "quantile", or "none" for the plain average of raw maps.
 
     Returns:
         The calibration. Its display range begins at the median of the normals' fused
-        maps and ends twice as far up as their 0.995 quantile: normal images look cold.
+        maps, and is twice as long as the distance from there to their 0.995 quantile,
+        so that normal images have cold colours.
     """
-    affine = {}
+    offset, scale = dict.fromkeys(maps, 0.0), dict.fromkeys(maps, 1.0)
     if method == "quantile":
-        for name, values in (("local", local), ("global", global_)):
+        for name, values in maps.items():
             low, high = np.quantile(values, (LOW_QUANTILE, HIGH_QUANTILE))
-            affine[f"{name}_offset"] = float(low)
-            # Maps that are one constant carry nothing to scale by.
-            affine[f"{name}_scale"] = float(0.1 / (high - low)) if high > low else 1.0
-    calibration = Calibration(**affine)
-    fused = np.asarray(fuse(Maps(local, global_), calibration))
+            offset[name] = float(low)
+            if high > low:  # maps that are one constant carry nothing to scale by
+                scale[name] = float(0.1 / (high - low))
+    calibration = Calibration(offset, scale)
+    fused = np.asarray(fuse(maps, calibration))
     low, high = (float(q) for q in np.quantile(fused, (0.5, HIGH_QUANTILE)))
     return calibration.replace(
         display_low=low, display_high=low + 2 * max(high - low, 1e-6)
     )
 
 
-def fuse_as_new(
-    local: Float[np.ndarray, "n h w"],
-    global_: Float[np.ndarray, "n h w"],
-    *,
-    method: str,
-) -> Float[np.ndarray, "n h w"]:
-    """Fused maps of validation normals, each with the calibration of the others.
+def fuse_as_new(maps: Maps, *, method: str) -> Float[np.ndarray, "n h w"]:
+    """Returns fused maps of validation normals, each calibrated on the other images.
 
-    A calibration that has seen an image makes it look more normal than a new one would
-    look; thresholds chosen on such maps are too low. With a single image there are no
-    others, and its own calibration is used.
+    A calibration that includes an image makes it look more normal than a new image, and
+    thresholds chosen on such maps are too low. A single image is calibrated on itself.
 
     Args:
-        local: their raw local maps.
-        global_: their raw global maps.
-        method: as for `calibrate`.
+        maps: raw maps by name, [n, h, w] float32.
+        method: method of calibration; see `calibrate`.
     """
-    if method == "none" or len(local) == 1:
-        calibration = calibrate(local, global_, method=method)
-        return np.asarray(fuse(Maps(local, global_), calibration))
-    fused = np.zeros_like(local)
-    for values in (local, global_):
+    count = len(next(iter(maps.values())))
+    if method == "none" or count == 1:
+        return np.asarray(fuse(maps, calibrate(maps, method=method)))
+    fused = 0.0
+    for values in maps.values():
         low, high = quantiles_without(values, (LOW_QUANTILE, HIGH_QUANTILE)).T
         scale = np.ones_like(low)
         np.divide(0.1, high - low, out=scale, where=high > low)
-        fused += 0.5 * (values - low[:, None, None]) * scale[:, None, None]
+        own = (values - low[:, None, None]) * scale[:, None, None]
+        fused = fused + own / len(maps)
     return fused
 
 
 def quantiles_without(
     values: Float[np.ndarray, "n h w"], quantiles: tuple[float, ...]
 ) -> Float[np.ndarray, "n q"]:
-    """For each image the quantiles of all the others' values, n >= 2.
+    """Returns for each image the quantiles of all other images' values, n >= 2.
 
-    Linear interpolation, as `np.quantile`. What lies below the lowest quantile is never
-    sorted, and the rest once.
+    Quantiles are interpolated linearly, as in `np.quantile`. Values below the lowest
+    quantile are never sorted, and the others are sorted once.
     """
     flat, n = values.reshape(-1), len(values)
     size = flat.size // n
@@ -188,7 +171,7 @@ def quantiles_without(
     image, largest = top // size, flat[top]
     found = np.empty((n, len(quantiles)), np.float32)
     for i in range(n):
-        others = largest[image != i]  # ends where all of the others end
+        others = largest[image != i]  # its last value is the largest of all others
         low, high = others[lower - rest], others[upper - rest]
         found[i] = low + (positions - lower) * (high - low)
     return found

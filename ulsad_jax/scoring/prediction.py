@@ -1,4 +1,4 @@
-"""From images to maps, scores and decisions, as one pure function."""
+"""Computes maps, scores and decisions of images, as one pure function."""
 
 from __future__ import annotations
 
@@ -8,85 +8,96 @@ from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax.methods.ulsad.networks import Ulsad
-from ulsad_jax.scoring import calibration as scoring
-from ulsad_jax.scoring import thresholds as decisions
-from ulsad_jax.trunks.features import ChannelStatistics
-from ulsad_jax.trunks.pyramid import FeaturePyramid
+from ulsad_jax.scoring import calibration, thresholds
+from ulsad_jax.trunks import features
+from ulsad_jax.trunks.sources import Batch
 
 if TYPE_CHECKING:
     from jaxtyping import Array, UInt8
 
+    from ulsad_jax.methods.base import Method
+    from ulsad_jax.trunks.pyramid import FeaturePyramid
+
 
 @flax.struct.dataclass
 class Weights:
-    """Everything that turns an image into a score, as one tree.
+    """The arrays that turn an image into a score, as one tree.
 
     Attributes:
-        trunk: variables of the feature pyramid.
-        statistics: of the feature channels.
-        variables: of both networks.
-        calibration: of the maps.
-        thresholds: of scores and calibrated maps.
+        trunk: variables of the feature pyramid; None for a method that takes images.
+        statistics: statistics of the feature channels; None for a method that takes
+            images.
+        model: `State.model` of the method.
+        calibration: calibration of the maps.
+        thresholds: thresholds of scores and calibrated maps.
     """
 
-    trunk: Mapping[str, Any]
-    statistics: ChannelStatistics
-    variables: Mapping[str, Any]
-    calibration: scoring.Calibration
-    thresholds: decisions.Thresholds
+    trunk: Mapping[str, Any] | None
+    statistics: features.ChannelStatistics | None
+    model: Any
+    calibration: calibration.Calibration
+    thresholds: thresholds.Thresholds
 
 
 @flax.struct.dataclass
 class Prediction:
-    """What the system says of a batch, or of a whole split.
+    """The prediction for a batch, or for a whole split.
 
     Attributes:
-        anomaly_map: [b, h, w] float32.
-        score: [b], the maximum of the map.
-        local_score: [b], the maximum of the calibrated local map alone.
-        global_score: [b], the maximum of the calibrated global map alone.
-        normalized_score: [b], see `decisions.normalize`.
-        is_anomalous: [b] bool, whether the score is above the image threshold.
-        mask_area: [b] int32, pixels of the map above the pixel threshold.
+        anomaly_map: [b, h, w] float32, the mean of `maps`.
+        score: [b], the maximum of the anomaly map.
+        normalized_score: [b], see `thresholds.normalize`.
+        is_anomalous: [b] bool, True if the score is above the image threshold.
+        scores: {name: [b]}, the maximum of each calibrated map.
+        mask_area: [b] int32, number of pixels of the anomaly map above the pixel
+            threshold.
+        maps: {name: [b, h, w]} float32, calibrated; empty if they are not kept.
     """
 
     anomaly_map: jax.Array
     score: jax.Array
-    local_score: jax.Array
-    global_score: jax.Array
     normalized_score: jax.Array
     is_anomalous: jax.Array
+    scores: dict[str, jax.Array]
     mask_area: jax.Array
+    maps: dict[str, jax.Array]
 
 
 @functools.lru_cache
 def make_predict_step(
-    pyramid: FeaturePyramid, model: Ulsad
+    pyramid: FeaturePyramid | None, method: Method, *, keep_maps: bool = False
 ) -> Callable[[Weights, UInt8[Array, "b h w 3"]], Prediction]:
-    """Jits `predict(weights, image)`, from uint8 images to maps and decisions.
+    """Returns the jitted `predict(weights, image)`, from uint8 images to a prediction.
 
-    Equal networks get the same function, which is compiled once.
+    Equal arguments give the same function, which is compiled once.
+
+    Args:
+        pyramid: network that computes features; None for a method that takes images.
+        method: method that computes maps.
+        keep_maps: True to return every calibrated map.
     """
 
     @jax.jit
     def predict(weights: Weights, image: UInt8[Array, "b h w 3"]) -> Prediction:
-        features = weights.statistics.standardize(pyramid.apply(weights.trunk, image))
-        outputs = model.apply(weights.variables, features, image, train=False)
-        maps = scoring.raw_maps(outputs, image.shape[1:3])
-        calibrated = scoring.calibrate_maps(maps, weights.calibration)
-        fused = scoring.fuse(maps, weights.calibration)
-        score = scoring.image_score(fused)
+        given = None
+        if pyramid is not None:
+            given = features.apply(pyramid, weights.trunk, image, weights.statistics)
+        batch = Batch(image, given, jnp.ones(image.shape[0], bool))
+        maps = method.maps(weights.model, batch)
+        calibrated = calibration.calibrate_maps(maps, weights.calibration)
+        fused = calibration.fuse(maps, weights.calibration)
+        score = calibration.image_score(fused)
         return Prediction(
             anomaly_map=fused,
             score=score,
-            local_score=scoring.image_score(calibrated.local),
-            global_score=scoring.image_score(calibrated.global_),
-            normalized_score=decisions.normalize(score, weights.thresholds),
+            normalized_score=thresholds.normalize(score, weights.thresholds),
             is_anomalous=score > weights.thresholds.image,
+            scores={n: calibration.image_score(m) for n, m in calibrated.items()},
             mask_area=(fused > weights.thresholds.pixel).sum((1, 2), dtype=np.int32),
+            maps=calibrated if keep_maps else {},
         )
 
     return predict

@@ -1,6 +1,6 @@
-"""Decisions: thresholds from validation normals alone, and the normalised score.
+"""Chooses thresholds on validation normals only, and normalises scores.
 
-An image is anomalous if its score is above the image threshold; a pixel belongs to the
+An image is anomalous if its score is above the image threshold. A pixel belongs to the
 predicted mask if its value is above the pixel threshold, whatever the image's decision.
 """
 
@@ -20,19 +20,19 @@ from ulsad_jax.runtime.errors import UserError
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Shaped
 
-CONFIDENCE = 0.95  # of the upper bound on the false-positive rate
+CONFIDENCE = 0.95  # of the upper bound on the false positive rate
 
 
 @flax.struct.dataclass
 class Thresholds:
-    """What turns scores and maps into decisions.
+    """The thresholds that turn scores and maps into decisions.
 
     Attributes:
-        image: an image with a score above it is anomalous.
-        pixel: a pixel with a value above it belongs to the mask.
-        zero: the score that is normalised to 0.
-        half: the score that is normalised to 0.5. It is the image threshold that
-            training chose, and stays when another threshold is given by hand.
+        image: threshold of scores; an image with a score above it is anomalous.
+        pixel: threshold of maps; a pixel with a value above it belongs to the mask.
+        zero: score that is normalised to 0.
+        half: score that is normalised to 0.5. It is the image threshold that training
+            chose, and stays the same if another threshold is given by hand.
     """
 
     image: float = 0.0
@@ -43,18 +43,20 @@ class Thresholds:
 
 @dataclasses.dataclass(frozen=True)
 class Basis:
-    """What the thresholds rest on. The rates of a threshold given by hand are None.
+    """The data and rates behind the thresholds.
+
+    The rates of a threshold given by hand are None.
 
     Attributes:
-        validation_scores: of the validation normals, ascending, each as if the image
-            were new (see `scoring.fuse_as_new`).
-        image_fpr: the share of normal images to be called anomalous that was asked.
-        image_fpr_expected: the share that is promised, on average over all validation
-            sets that could have been drawn. It is above what was asked if there are
-            fewer than 1 / image_fpr - 1 images.
-        image_fpr_upper: what the share is below with 95 % confidence.
-        pixel_fpr: the share of normal images' pixels in the mask that was asked.
-        pixel_fpr_error: the standard error of that share, by its spread over the
+        validation_scores: scores of the validation normals, ascending, each computed as
+            if the image were new (see `scoring.fuse_as_new`).
+        image_fpr: requested share of normal images that are called anomalous.
+        image_fpr_expected: guaranteed upper bound on the mean of that share over all
+            validation sets that could have been drawn. It is above the requested share
+            if there are fewer than 1 / image_fpr - 1 images.
+        image_fpr_upper: upper bound on that share with 95 % confidence.
+        pixel_fpr: requested share of normal images' pixels in the mask.
+        pixel_fpr_error: standard error of that share, from its spread over the
             validation images; None for a single image.
     """
 
@@ -68,13 +70,18 @@ class Basis:
 
 @dataclasses.dataclass(frozen=True)
 class Decisions:
-    """Thresholds and what they rest on, as they are stored with a run."""
+    """The thresholds and their basis, as they are stored with a run.
+
+    Attributes:
+        thresholds: thresholds of scores and maps.
+        basis: data and rates behind the thresholds.
+    """
 
     thresholds: Thresholds
     basis: Basis
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers, lists and None alone."""
+        """Returns the decisions as JSON-compatible numbers, lists and None."""
         return {
             "thresholds": dataclasses.asdict(self.thresholds),
             "basis": dataclasses.asdict(self.basis),
@@ -82,7 +89,7 @@ class Decisions:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Decisions:
-        """What `to_json` gave."""
+        """Returns the decisions from the result of `to_json`."""
         scores = tuple(document["basis"]["validation_scores"])
         return cls(
             Thresholds(**document["thresholds"]),
@@ -92,12 +99,16 @@ class Decisions:
     def override(
         self, *, image: float | None = None, pixel: float | None = None
     ) -> Decisions:
-        """Other thresholds, given by hand: nothing is promised of their rates.
+        """Returns decisions with thresholds given by hand, whose rates are unknown.
 
-        The normalised score stays what it was.
+        The normalised score does not change.
+
+        Args:
+            image: image threshold; None to keep the present one.
+            pixel: pixel threshold; None to keep the present one.
 
         Raises:
-            UserError: a threshold that is not finite.
+            UserError: a threshold is not finite.
         """
         for name, value in (("image", image), ("pixel", pixel)):
             if value is not None and not math.isfinite(value):
@@ -124,37 +135,39 @@ def choose(
     """Chooses both thresholds on the maps of n validation normals.
 
     The image threshold is split conformal prediction's quantile (Vovk, Gammerman &
-    Shafer, "Algorithmic Learning in a Random World", 2005): of the scores in ascending
-    order the k-th, k = min(n, ceil((n + 1) (1 - image_fpr))). If a new normal image
+    Shafer, "Algorithmic Learning in a Random World", 2005): the k-th of the scores in
+    ascending order, k = min(n, ceil((n + 1) (1 - image_fpr))). If a new normal image
     and the validation images are exchangeable, its score is above that with a
-    probability of at most (n + 1 - k) / (n + 1), averaged over validation sets. With
-    n too small for the rate that is asked, k = n: the threshold is the largest score,
-    and 1 / (n + 1) is the least that can be promised; no tail is made up. For the one
-    validation set at hand the rate is distributed like Beta(n + 1 - k, k) (scores
-    without ties), of which the 0.95 quantile is recorded, too.
+    probability of at most (n + 1 - k) / (n + 1), averaged over validation sets. If n is
+    too small for the requested rate, k = n: the threshold is the largest score, and
+    1 / (n + 1) is the smallest rate that can be guaranteed. The tail is not
+    extrapolated. For the one validation set at hand the rate is distributed like
+    Beta(n + 1 - k, k) (scores without ties), of which the 0.95 quantile is recorded
+    as well.
 
     The pixel threshold is the smallest value that at most a share `pixel_fpr` of all
-    pixels is above. Pixels of one image are no independent draws, so this is an
-    estimate with a standard error, and no promise.
+    pixels is above. Pixels of one image are not independent, so this is an estimate
+    with a standard error, and not a guarantee.
 
     The normalised score is 0 at the median of the validation scores and 0.5 at the
     image threshold.
 
     Args:
-        maps: each as if its image were new, see `scoring.fuse_as_new`.
+        maps: [n, h, w], each computed as if its image were new, see
+            `scoring.fuse_as_new`.
         image_fpr: share of normal images called anomalous, in (0, 1).
         pixel_fpr: share of normal images' pixels in the mask, in (0, 1).
     """
     scores = np.sort(maps.max((1, 2)))
     n = len(scores)
-    # The product's rounding error must not reach the next integer.
+    # - 1e-9: a rounding error must not raise k.
     k = min(n, max(1, math.ceil((n + 1) * (1 - image_fpr) - 1e-9)))
     image = float(scores[k - 1])
     last = maps.size - 1 - int(pixel_fpr * maps.size + 1e-9)  # in ascending order
     pixel = np.partition(maps, last, axis=None)[last]
     shares = (maps > pixel).mean((1, 2))
     zero = float(np.median(scores))
-    if not image - zero > 1e-6:  # scores that do not differ give no unit
+    if not image - zero > 1e-6:  # equal scores define no unit
         zero = image - 1.0
     basis = Basis(
         validation_scores=tuple(scores.tolist()),
@@ -170,9 +183,9 @@ def choose(
 def normalize(
     score: Float[np.ndarray, " b"], thresholds: Thresholds
 ) -> Float[np.ndarray, " b"]:
-    """0.5 (score - zero) / (half - zero), of NumPy or JAX arrays.
+    """Returns 0.5 (score - zero) / (half - zero), of NumPy or JAX arrays.
 
-    It is not clipped: clipping would make ties of the images that differ most.
+    The result is not clipped, because clipping would tie the most extreme images.
     """
     unit = thresholds.half - thresholds.zero
     return 0.5 * ((score - thresholds.zero) / unit)
@@ -181,11 +194,11 @@ def normalize(
 def rates(
     positive: Shaped[np.ndarray, "*n"], decided: Bool[np.ndarray, "*n"]
 ) -> tuple[float, float]:
-    """Rates of true and of false positives; NaN where there is nothing to count.
+    """Returns the true and false positive rates; NaN if there is nothing to count.
 
     Args:
-        positive: whether each image or pixel is anomalous.
-        decided: whether it was called so.
+        positive: labels of images or pixels, non-zero for anomalous ones.
+        decided: boolean array, True for those that were called anomalous.
     """
     positive = positive.astype(bool)
     counts = [np.count_nonzero(of) for of in (positive, ~positive)]

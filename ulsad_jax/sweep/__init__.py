@@ -1,1 +1,1 @@
-"""Many trainings as one program: a grid of members, its waves, its table."""
+"""Trains many models in one program: a grid of members, their waves and results."""

@@ -1,4 +1,4 @@
-"""The members of a sweep: what each one's config is, and what it shares with others."""
+"""Lists the members of a sweep, with their configs and their common program."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ulsad_jax.methods import base as methods
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import results
+from ulsad_jax.runtime import files
 from ulsad_jax.runtime.errors import UserError, suggest
+from ulsad_jax.runtime.rules import is_finite, is_number
 from ulsad_jax.sweep.wave import BACKENDS
 
 if TYPE_CHECKING:
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
 FIELDS = ("grid", "variants", "fusions", "backend", "device_memory", "host_memory")
 SEED = "seed"
-# What the training step does not depend on: it belongs to the data, to the features,
-# to validation or to the loop.
+# Fields that the training step does not depend on: those of the data, the features,
+# validation and the loop.
 OUTSIDE_STEP = (
     *("seed", "selection", "calibration", "threshold.", "dataset.", "trunk."),
     *("evaluation.", "train.num_epochs", "train.checkpoint_every"),
@@ -25,14 +27,14 @@ OUTSIDE_STEP = (
 
 
 class Member(NamedTuple):
-    """One training of a sweep.
+    """A training of a sweep.
 
     Attributes:
-        name: of its folder; tells what is its own.
-        setting: its name without category and seed, which members are averaged over.
-        category: that it is trained on.
-        fields: what its variant and its place in the grid set.
-        config: of the same training alone, resolved.
+        name: name of the folder; made of category, setting and seed.
+        setting: the name without category and seed, over which results are averaged.
+        category: category to train.
+        fields: config fields that the variant and the grid set.
+        config: resolved config of the same training outside a sweep.
     """
 
     name: str
@@ -43,19 +45,19 @@ class Member(NamedTuple):
 
     @property
     def seed(self) -> int:
-        """Of its initial weights, order and split."""
+        """Seed of the initial weights, the image order and the validation split."""
         return self.config.seed
 
 
 def list_members(config: ConfigDict, categories: Sequence[str]) -> list[Member]:
-    """Every category, variant and combination of the grid's values.
+    """Returns a member for every category, variant and combination of grid values.
 
     Args:
-        config: with `sweep`, see configs/sweep.py.
-        categories: to train.
+        config: config with a field `sweep`, see configs/sweep.py.
+        categories: categories to train.
 
     Raises:
-        UserError: a field that is not there, a value of another kind or twice, or no
+        UserError: an unknown field, a value of another type, a repeated value, or no
             value at all.
     """
     sweep = config.sweep
@@ -94,7 +96,7 @@ def list_members(config: ConfigDict, categories: Sequence[str]) -> list[Member]:
 
 
 def _check_sweep(sweep: ConfigDict) -> None:
-    """Refuses fields of its own that are missing, unknown or out of range."""
+    """Rejects missing, unknown and out-of-range fields of `config.sweep`."""
     if unknown := sorted(set(sweep.keys()) ^ set(FIELDS)):
         raise UserError(
             f"Expected config.sweep to hold {', '.join(FIELDS)}, as in "
@@ -107,7 +109,7 @@ def _check_sweep(sweep: ConfigDict) -> None:
             f"found {sweep.backend!r}. Set it with --config.sweep.backend=..."
         )
     for field in ("device_memory", "host_memory"):
-        if not (config_lib.is_finite(sweep[field]) and sweep[field] >= 0):
+        if not (is_finite(sweep[field]) and sweep[field] >= 0):
             raise UserError(
                 f"Expected config.sweep.{field} to be gibibytes, or 0 for the default, "
                 f"found {sweep[field]!r}. Set it with --config.sweep.{field}=..."
@@ -115,7 +117,7 @@ def _check_sweep(sweep: ConfigDict) -> None:
 
 
 def traced_fields(members: Sequence[Member]) -> list[str]:
-    """The numbers of the step in which members differ: arguments of the program."""
+    """Returns the fields in which members differ and that the program can trace."""
     tables = [dict(config_lib.flatten(member.config)) for member in members]
     return [
         field
@@ -126,7 +128,7 @@ def traced_fields(members: Sequence[Member]) -> list[str]:
 
 
 def program(member: Member, traced: Sequence[str]) -> tuple[tuple[str, Any], ...]:
-    """What members must have in common to be trained by one program."""
+    """Returns the fields that must be equal in all members of one program."""
     return tuple(
         (field, value)
         for field, value in sorted(config_lib.flatten(member.config))
@@ -135,18 +137,14 @@ def program(member: Member, traced: Sequence[str]) -> tuple[tuple[str, Any], ...
 
 
 def _is_number_of_step(field: str, tables: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a field may be traced: an optimizer's, a weight, a float of a term.
-
-    An integer of a term may be a shape or a count, and makes a program of its own.
-    """
+    """Returns whether a field is numeric and can be traced by the members' method."""
     values = [table.get(field) for table in tables]
-    if not all(map(config_lib.is_number, values)):
-        return False
-    match field.split("."):
-        case "losses", _, name:
-            return name == "weight" or any(isinstance(v, float) for v in values)
-        case group, *_:
-            return group == "optimizer"
+    kinds = {table["method"] for table in tables}
+    return (
+        len(kinds) == 1
+        and all(map(is_number, values))
+        and methods.find(kinds.pop()).traceable(field, values)
+    )
 
 
 def _variants(sweep: ConfigDict) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -176,7 +174,7 @@ def _check_axis(field: str, values: Any, known: Mapping[str, Any]) -> None:
 
 
 def _check_value(where: str, field: str, value: Any, known: Mapping[str, Any]) -> None:
-    """Refuses a field that is not there, and a value unlike the one it replaces."""
+    """Rejects an unknown field, and a value of another type than the config's."""
     if field not in known:
         raise UserError(
             f"Expected fields of the config in {where}, found {field!r}. "
@@ -188,12 +186,9 @@ def _check_value(where: str, field: str, value: Any, known: Mapping[str, Any]) -
             f"of config.dataset.category, found {value!r}. Set it there."
         )
     old = known[field]
-    if config_lib.is_number(old):
-        fits = config_lib.is_finite(value)
-    else:
-        fits = type(value) is type(old)
+    fits = is_finite(value) if is_number(old) else type(value) is type(old)
     if not fits:
-        kind = "finite numbers" if config_lib.is_number(old) else f"like {old!r}"
+        kind = "finite numbers" if is_number(old) else f"like {old!r}"
         raise UserError(
             f"Expected values of {field} in {where} to be {kind}, found {value!r}. "
             "Correct it."
@@ -207,14 +202,22 @@ def _make_member(
     changes: Mapping[str, Any],
     point: Mapping[str, Any],
 ) -> Member:
-    """A member of a variant, whose name stands for its changes, at a grid point."""
+    """Makes the member of a variant at a grid point.
+
+    Args:
+        base: config without `sweep`.
+        category: category to train.
+        variant: name of the variant; part of the member's name.
+        changes: fields that the variant sets.
+        point: fields that the grid sets.
+    """
     fields = {**changes, **point}
     config = base.copy_and_resolve_references()
     with config.ignore_type(), config.unlocked():
         config.update_from_flattened_dict({**fields, "dataset.category": category})
     parts = [variant] if variant else []
     parts += [f"{k}_{_show(v)}" for k, v in point.items() if k != SEED]
-    name = results.file_name("-".join([category, *parts, f"seed_{config.seed}"]))
+    name = files.safe_name("-".join([category, *parts, f"seed_{config.seed}"]))
     try:
         config_lib.validate(config)
     except UserError as error:
@@ -228,7 +231,7 @@ def _show(value: Any) -> str:
 
 
 def _check_distinct(members: Sequence[Member]) -> None:
-    """Refuses members that are one training, or share a folder."""
+    """Rejects members with equal configs or equal names."""
     for key, what in (
         (lambda m: str(sorted(config_lib.flatten(m.config))), "to differ"),
         (lambda m: m.name, "to have names of their own"),

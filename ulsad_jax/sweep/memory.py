@@ -1,36 +1,27 @@
-"""What a sweep needs of the memory, estimated before anything is compiled."""
+"""Estimates the memory of a sweep before compilation, and cuts it into waves."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 
-from ulsad_jax.runs import training
-from ulsad_jax.trunks import features
-from ulsad_jax.trunks.pyramid import feature_shape
+from ulsad_jax.runtime.devices import device_bytes, host_bytes
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 Item = TypeVar("Item")
 GIB = 2**30
-# Of a parameter: itself, two moments, the gradient. New ones take the old ones' place.
-COPIES = 4
-# Of what a layer returns: for the way back itself, what its normalisation keeps, and
-# the gradient.
-ACTIVATIONS = 3
 
 
 class Budget(NamedTuple):
-    """What may be used, in bytes.
+    """Memory that a sweep may use, in bytes.
 
     Attributes:
-        device: of each device, by the members.
-        host: by features.
+        device: memory of each device, used by the members.
+        host: memory of the host, used by features.
     """
 
     device: float
@@ -38,46 +29,15 @@ class Budget(NamedTuple):
 
 
 def find_budget(sweep: ConfigDict) -> Budget:
-    """What a config allows; where it says 0, half of a device, a quarter of the host.
+    """Returns the budget that a config sets; 0 means a default.
 
-    A CPU's devices share the host's memory.
+    The default is half of a device's memory and a quarter of the host's. The devices of
+    a CPU share the host's memory.
     """
-    host = features.host_bytes()
-    device = features.device_bytes() or host / jax.device_count()
+    host = host_bytes()
+    device = device_bytes() or host / jax.device_count()
     return Budget(
         sweep.device_memory * GIB or device / 2, sweep.host_memory * GIB or host / 4
-    )
-
-
-def estimate_member(config: ConfigDict) -> int:
-    """Bytes that a member takes of its device during a step.
-
-    Parameters with both moments and gradients, what every layer returns for a batch,
-    and two batches: the one in use and the one on its way.
-    """
-    size, batch = tuple(config.image_size), config.train.batch_size
-    model = training.make_model(config)
-    inputs = (
-        jax.ShapeDtypeStruct((batch, *feature_shape(size)), jnp.float32),
-        jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8),
-    )
-
-    def forward(key: jax.Array, *inputs: jax.Array) -> Any:
-        variables = model.init(key, *inputs, train=True)
-        _, kept = model.apply(
-            variables,
-            *inputs,
-            train=True,
-            capture_intermediates=True,
-            mutable=["batch_stats", "intermediates"],
-        )
-        return variables, kept["intermediates"]
-
-    variables, returned = jax.eval_shape(forward, jax.random.key(0), *inputs)
-    return (
-        COPIES * _count_bytes(variables)
-        + ACTIVATIONS * _count_bytes(returned)
-        + 2 * _count_bytes(inputs)
     )
 
 
@@ -89,14 +49,16 @@ def cut_waves(
     devices: int,
     budget: Budget,
 ) -> list[list[Item]]:
-    """Cuts members into waves that fit, without changing their order.
+    """Cuts members into waves that fit in memory, without changing their order.
 
     Args:
         items: members of one program.
-        item_bytes: of each, on its device.
-        source: of an item, what it shares of the host's memory, and its bytes.
-        devices: how many there are.
-        budget: of each device and of the host; a single member is always let in.
+        item_bytes: device memory of one member, in bytes.
+        source: function from a member to a key of its features, which members can
+            share, and their size in host memory, in bytes.
+        devices: number of devices.
+        budget: memory of each device and of the host; a wave has at least one member,
+            even if that exceeds the budget.
     """
     most = devices * max(1, int(budget.device // item_bytes))
     waves: list[list[Item]] = []
@@ -110,9 +72,3 @@ def cut_waves(
         held[key] = size
         waves[-1].append(item)
     return waves
-
-
-def _count_bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )

@@ -1,4 +1,4 @@
-"""A sweep: its folder, its members, their waves, their table."""
+"""Trains and evaluates the members of a sweep in a work directory."""
 
 from __future__ import annotations
 
@@ -9,83 +9,71 @@ import os
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from tqdm import tqdm
 
 from ulsad_jax.data.batches import Category
-from ulsad_jax.methods.ulsad import loss_check
-from ulsad_jax.methods.ulsad.losses import make_loss_fn
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import results, trained, training
-from ulsad_jax.runs import run as experiment
+from ulsad_jax.runs import data, fitting, setup, testing
+from ulsad_jax.runs import folder as files_of
+from ulsad_jax.runs import run as run_lib
 from ulsad_jax.runs.category import CategoryRun
 from ulsad_jax.runtime import compilation, files, lock
+from ulsad_jax.runtime.devices import find_devices
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.sweep import fusions, grid, memory, summary, wave
 from ulsad_jax.sweep.shared import Source
-from ulsad_jax.trunks import features
-from ulsad_jax.trunks import weights as pretrained
+from ulsad_jax.trunks import features, sources
+from ulsad_jax.trunks.weights import Trunk, save_trunk
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-SWEEP, MEMBERS, TRUNKS = "sweep.json", "members", "trunks"
-DIVERGED = "diverged.txt"  # in a member's folder: why, instead of results
-
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A member, with everything that its training needs but features.
+    """A member with everything that its training needs, except features.
 
     Attributes:
-        member: what to train.
-        folder: a run's work directory of its own.
-        data: its images.
-        trunk: frozen.
-        run: of its category.
+        member: member to train.
+        folder: work directory of the member.
+        run: category of the member.
     """
 
     member: grid.Member
     folder: Path
-    data: Category
-    trunk: pretrained.Trunk
     run: CategoryRun
 
     @property
-    def category_folder(self) -> Path:
-        """Inside `folder`."""
-        return self.folder / results.folder_name(self.member.category)
-
-    @property
     def source(self) -> tuple[Hashable, int]:
-        """What tells its features from other members', and how many bytes they take."""
-        config = self.member.config
-        count = len(self.data.train) + len(self.data.validation)
-        size = tuple(config.image_size)
-        trunk = self.trunk.identity.sha256, training.make_pyramid(config)
+        """Key that identifies the member's features, and their size in bytes."""
+        run = self.run
+        setup, data = run.setup, run.data
+        count = len(data.train) + len(data.validation)
+        trunk = run.trunk and run.trunk.identity.sha256
         return (
-            (self.member.category, self.data.fingerprint, size, *trunk),
-            features.count_bytes(count, size),
+            (run.name, data.fingerprint, setup.image_size, trunk, setup.pyramid),
+            sources.count_bytes(count, setup.image_size, setup.pyramid),
         )
 
 
 def train(config: ConfigDict, workdir: Path) -> str:
-    """Trains and evaluates every member of a sweep, or goes on doing so.
+    """Trains and evaluates every member of a sweep, or resumes doing so.
 
     Args:
-        config: with `sweep`, see configs/sweep.py.
-        workdir: where everything goes; an earlier sweep of the same members, or of some
-            of them, is resumed.
+        config: config with a field `sweep`, see configs/sweep.py.
+        workdir: work directory; an earlier sweep of all or some of these members is
+            resumed.
 
     Returns:
-        The table, and where to find the rest.
+        The table of results and the paths of the other files.
 
     Raises:
-        UserError: see `grid.list_members`, and `experiment.train`; no member could be
-            trained.
-        errors.Interrupted: by a signal, after saving.
+        UserError: the sweep is not valid (see `grid.list_members` and `run.train`), or
+            no member could be trained.
+        errors.Interrupted: a signal was received; the state is saved.
     """
     config_lib.validate(config)
     if jax.process_count() > 1:
@@ -94,7 +82,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
             f"devices, found {jax.process_count()}. Start it without --distributed and "
             "--coordinator."
         )
-    config.parallel.devices = 1  # of a member; members are what is split
+    config.parallel.devices = 1  # per member: members, not batches, are split
     compilation.draw_by_kernel()
     compilation.keep(config.dataset.cache_dir)
     with lock.hold(workdir):
@@ -102,16 +90,17 @@ def train(config: ConfigDict, workdir: Path) -> str:
 
 
 def _train(config: ConfigDict, workdir: Path) -> str:
-    """Does what `train` does in a work directory that is its own."""
-    members = grid.list_members(config, experiment.list_categories(config))
+    """Runs `train` in a work directory whose lock is held."""
+    members = grid.list_members(config, data.list_categories(config))
     _check_workdir(workdir)
     traced = grid.traced_fields(members)
     kinds = {grid.program(member, traced): member for member in members}
     for member in kinds.values():
-        if warning := loss_check.check(member.config):  # before anything is written
+        warning = setup.check(setup.make(member.config), member.config)
+        if warning:  # before anything is written
             print(f"{member.name}: {warning}")
-    (workdir / MEMBERS).mkdir(parents=True, exist_ok=True)
-    files.replace(workdir / SWEEP, config.to_json_best_effort(indent=2) + "\n")
+    (workdir / files_of.MEMBERS).mkdir(parents=True, exist_ok=True)
+    files.replace(workdir / files_of.SWEEP, config.to_json_best_effort(indent=2) + "\n")
     jobs = _open(members, workdir)
     programs: dict[Hashable, list[Job]] = {}
     for job in jobs:
@@ -132,8 +121,8 @@ def _train(config: ConfigDict, workdir: Path) -> str:
 
 
 def _check_workdir(workdir: Path) -> None:
-    """Refuses a folder that holds anything but a sweep."""
-    if workdir.is_dir() and (workdir / SWEEP).exists():
+    """Rejects a folder with other content than a sweep."""
+    if workdir.is_dir() and (workdir / files_of.SWEEP).exists():
         return
     if found := files.find_content(workdir):
         raise UserError(
@@ -143,46 +132,49 @@ def _check_workdir(workdir: Path) -> None:
 
 
 def _open(members: Sequence[grid.Member], workdir: Path) -> list[Job]:
-    """Makes the members' folders, after looking that all can be gone on with."""
-    folders = [workdir / MEMBERS / member.name for member in members]
+    """Makes the members' folders, after checking that all members can be resumed."""
+    folders = [workdir / files_of.MEMBERS / member.name for member in members]
     for member, folder in zip(members, folders, strict=True):
-        experiment.check_workdir(member.config, folder)
-    trunks: dict[Any, pretrained.Trunk] = {}
-    data: dict[Any, Category] = {}
+        run_lib.check_workdir(member.config, folder)
+    trunks: dict[str, Trunk | None] = {}
+    images: dict[Hashable, Category] = {}
     jobs = []
     for member, folder in zip(members, folders, strict=True):
         config, category = member.config, member.category
-        key = str(experiment.trunk_fields(config))
+        key = str(setup.trunk_fields(config))
         if key not in trunks:
-            trunks[key] = experiment.load_trunk(config)
+            trunks[key] = setup.load_trunk(config)
         trunk = trunks[key]
         key = str(config.dataset), str(config.image_size), config.seed
-        if key not in data:
-            data[key] = experiment.open_data(config, category)
+        if key not in images:
+            images[key] = data.open_data(config, category)
         folder.mkdir(exist_ok=True)
-        config_lib.save(config, folder / trained.CONFIG)
-        _link_trunk(trunk, folder / trained.TRUNK, workdir / TRUNKS)
+        config_lib.save(config, folder / files_of.CONFIG)
+        if trunk is not None:
+            _link_trunk(trunk, folder / files_of.TRUNK, workdir / files_of.TRUNKS)
         run = CategoryRun(
-            config,
-            category,
-            data=data[key],
-            folder=folder / results.folder_name(category),
+            config=config,
+            setup=setup.make(config),
+            name=category,
+            data=images[key],
+            folder=files_of.category_folder(folder, category),
             trunk=trunk,
+            devices=find_devices(config.parallel.devices),
             title=member.name,
         )
-        jobs.append(Job(member, folder, data[key], trunk, run))
-        jobs[-1].category_folder.mkdir(exist_ok=True)
+        run.folder.mkdir(exist_ok=True)
+        jobs.append(Job(member, folder, run))
     return jobs
 
 
-def _link_trunk(trunk: pretrained.Trunk, path: Path, store: Path) -> None:
-    """Gives a member its trunk, which is on disk once where links can be made."""
+def _link_trunk(trunk: Trunk, path: Path, store: Path) -> None:
+    """Links or copies a trunk, which is stored once per sweep, to a member's folder."""
     if path.exists():
         return
     store.mkdir(exist_ok=True)
     shared = store / f"{trunk.identity.sha256}.safetensors"
     if not shared.exists():
-        pretrained.save_trunk(trunk, shared)
+        save_trunk(trunk, shared)
     try:
         os.link(shared, path)
     except OSError:
@@ -192,14 +184,14 @@ def _link_trunk(trunk: pretrained.Trunk, path: Path, store: Path) -> None:
 def _train_program(
     jobs: Sequence[Job], traced: Sequence[str], budget: memory.Budget, backend: str
 ) -> None:
-    """Trains what is left of the members that one program trains, in waves."""
+    """Trains the unfinished members of one program, in waves."""
     left = [job for job in jobs if not _is_over(job)]
     if not left:
         return
-    # Members that end together go together, and those that share features.
-    left.sort(key=lambda job: (job.run.steps, str(job.source)))
-    config = left[0].member.config
-    size = memory.estimate_member(config)
+    # Group members of equal length, and those that share features.
+    left.sort(key=lambda job: (fitting.count_steps(job.run), str(job.source)))
+    made, config = left[0].run.setup, left[0].member.config
+    size = made.method.estimate_bytes(made.spec(config.train.batch_size))
     waves = memory.cut_waves(
         left,
         item_bytes=size,
@@ -214,83 +206,92 @@ def _train_program(
         f"{jax.device_count()} device(s)"
         f"{', one member at least' * (size > budget.device)}"
     )
-    model, loss_fn = training.make_model(config), make_loss_fn(config.losses)
-    update = wave.make_update(model, loss_fn, config.optimizer.to_dict())
+    update = wave.make_update(made.method)
     make_program = functools.partial(wave.choose_backend(backend), update)
-    sources: dict[Hashable, Source] = {}
+    shared: dict[Hashable, Source] = {}
     for jobs_of_wave in waves:
         needed = {job.source[0]: job for job in jobs_of_wave}
-        sources = {key: sources[key] for key in sources if key in needed}
+        shared = {key: shared[key] for key in shared if key in needed}
         for key, job in needed.items():
-            if key not in sources:
-                title = f"[{job.member.category}] features"
-                sources[key] = Source(job.member.config, job.data, job.trunk, title)
-        _train_wave(jobs_of_wave, traced, loss_fn, make_program, sources)
+            if key not in shared:
+                shared[key] = _extract(job.run)
+        _train_wave(jobs_of_wave, traced, make_program, shared)
+
+
+def _extract(run: CategoryRun) -> Source:
+    """Runs the trunk over the images that members share."""
+    pyramid, variables = run.setup.pyramid, run.trunk_variables
+    count = len(run.data.train) + len(run.data.validation)
+    return Source(
+        run.data,
+        pyramid and features.make_extractor(pyramid, variables),
+        batch_size=min(run.config.evaluation.batch_size, count),
+        title=f"[{run.name}] features",
+    )
 
 
 def _train_wave(
     jobs: Sequence[Job],
     traced: Sequence[str],
-    loss_fn: Any,
     make_program: Callable[..., wave.AtOnce | wave.InTurn],
-    sources: Mapping[Hashable, Source],
+    shared: Mapping[Hashable, Source],
 ) -> None:
     members, states = [], []
     numbers = [wave.take_numbers(job.member.config, traced) for job in jobs]
     with contextlib.ExitStack() as stack:
         for job, own in zip(jobs, numbers, strict=True):
-            stack.enter_context(lock.hold(job.folder))  # eval.py may be at work
-            writer, store = stack.enter_context(job.run.open())
-            normals = sources[job.source[0]].part(
-                job.data, whiten=config_lib.whitens(job.member.config)
+            stack.enter_context(lock.hold(job.folder))  # against a concurrent eval.py
+            writer, store = stack.enter_context(fitting.open_files(job.run))
+            normals = shared[job.source[0]].part(
+                job.run.data, whiten=job.run.setup.whiten
             )
-            member = job.run.make_trainer(
-                wave.MemberTrainer, normals, loss_fn, store, writer, own["losses"]
+            member = fitting.make_trainer(
+                job.run, wave.MemberTrainer, normals, store, writer, own
             )
             members.append(member)
             states.append(member.begin())
-        program = make_program(states, numbers)
+        program = make_program(states, numbers, [member.key for member in members])
         del states
         wave.train(members, program)
     for job, member in zip(jobs, members, strict=True):
         if member.failure:
-            files.replace(job.folder / DIVERGED, member.failure + "\n")
+            files.replace(job.folder / files_of.DIVERGED, member.failure + "\n")
 
 
 def _is_over(job: Job) -> bool:
-    """Whether a member is trained, or has diverged."""
-    return (job.folder / DIVERGED).exists() or _trained_step(job) is not None
+    """Returns whether a member is trained or has diverged."""
+    return (job.folder / files_of.DIVERGED).exists() or _trained_step(job) is not None
 
 
 def _trained_step(job: Job) -> int | None:
-    """The step to evaluate, if training has come to its end."""
-    if not (job.category_folder / trained.CHECKPOINTS).is_dir():
+    """Returns the step to evaluate, or None if training is not complete."""
+    run = job.run
+    if not (run.folder / files_of.CHECKPOINTS).is_dir():
         return None
-    config = job.member.config
-    with trained.open_store(config, job.category_folder, read_only=True) as store:
-        if job.run.is_trained(store):
-            return trained.select(config, store)
+    with files_of.open_store(run.config, run.folder, read_only=True) as store:
+        if fitting.is_trained(run, store):
+            return files_of.select(run.config, store)
     return None
 
 
 def _evaluate(job: Job, *, with_fusions: bool) -> None:
-    """Makes a member's folder that of a finished run, if it is not yet."""
+    """Evaluates a trained member, unless its folder already has the results."""
     step = _trained_step(job)
-    if (job.folder / DIVERGED).exists() or step is None:
+    if (job.folder / files_of.DIVERGED).exists() or step is None:
         return
     with lock.hold(job.folder):
-        evaluated = job.run.is_evaluated(step)
+        run = job.run
+        evaluated = testing.is_evaluated(run, step)
         if not evaluated:
-            job.run.evaluate(step)
-        if not evaluated or not (job.folder / experiment.RESULTS).exists():
-            category = job.member.category
-            experiment.collect(job.member.config, job.folder, [category], job.trunk)
+            testing.evaluate(run, step)
+        if not evaluated or not (job.folder / files_of.RESULTS).exists():
+            run_lib.collect(run.config, job.folder, [run.name], run.trunk)
         if with_fusions:
-            fusions.write(job.run, job.category_folder, step, again=not evaluated)
+            fusions.write(run, step, again=not evaluated)
 
 
 def _entry(job: Job) -> summary.Entry:
-    diverged = job.folder / DIVERGED
+    diverged = job.folder / files_of.DIVERGED
     return summary.read_entry(
         job.member,
         job.folder,

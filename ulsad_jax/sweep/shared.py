@@ -1,113 +1,121 @@
-"""Features that members share: the trunk sees every image once a sweep."""
+"""Shares features among members, so that the trunk sees every image once per sweep."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ulsad_jax.data.batches import Category, Examples
-from ulsad_jax.runs import training
 from ulsad_jax.runtime.progress import progress
-from ulsad_jax.trunks import features
-from ulsad_jax.trunks import weights as pretrained
+from ulsad_jax.trunks.features import ChannelStatistics, channel_statistics
+from ulsad_jax.trunks.sources import Normals, extract
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
-    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """As `features.Kept`, of some rows of features that others use, too.
+    """A split of images and features that members share; see `sources.Kept`.
 
-    Members may split the same images differently, by their seeds. Their statistics
-    differ then, so that features are standardised a batch at a time.
+    Seeds may split the same images differently. The statistics then differ between
+    members, so that features are standardised one batch at a time.
 
     Attributes:
-        raw: [n, h/8, w/8, c] float32, not standardised.
-        images: [n, h, w, 3] uint8.
-        rows: that belong to this split.
-        statistics: of the member's training images.
+        images: uint8 [n, h, w, 3].
+        raw: float32 [n, gh, gw, c], not standardised; None without features.
+        rows: int [k], indices of the images of this split.
+        statistics: statistics of the member's training images; None without features.
     """
 
-    raw: np.ndarray
     images: np.ndarray
+    raw: np.ndarray | None
     rows: np.ndarray
-    statistics: features.ChannelStatistics
+    statistics: ChannelStatistics | None
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Returns the number of images."""
         return len(self.rows)
 
     @property
-    def feature_shape(self) -> tuple[int, int, int]:
-        """(h/8, w/8, c) of an image's features."""
-        return self.raw.shape[1:]
-
-    @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
+        """Size (height, width) of the images in pixels."""
         return self.images.shape[1:3]
 
     def batch(
         self, rows: Int[np.ndarray, " b"]
-    ) -> tuple[Float[np.ndarray, "b h/8 w/8 c"], UInt8[np.ndarray, "b h w 3"]]:
-        """Features and images of some of this split's rows."""
+    ) -> tuple[UInt8[np.ndarray, "b h w 3"], Float[np.ndarray, "b gh gw c"] | None]:
+        """Returns images and standardised features of some of this split's rows."""
         rows = self.rows[rows]
-        return self.statistics.standardize(self.raw[rows]), self.images[rows]
+        if self.raw is None:
+            return self.images[rows], None
+        return self.images[rows], self.statistics.standardize(self.raw[rows])
 
 
 class Source:
-    """Raw features of all training and validation normals of a category."""
+    """Images and raw features of all training and validation normals of a category."""
 
     def __init__(
-        self, config: ConfigDict, data: Category, trunk: pretrained.Trunk, title: str
+        self,
+        data: Category,
+        extractor: Callable | None,
+        *,
+        batch_size: int,
+        title: str,
     ):
-        """Runs the trunk.
+        """Reads the images and runs the trunk on them.
 
         Args:
-            config: of any member that shares them.
-            data: of this member; others may part its normals in another way.
-            trunk: frozen.
-            title: for the progress bar.
+            data: category of any member that shares the images; other members may split
+                them differently.
+            extractor: function from `features.make_extractor`; None to keep only
+                images.
+            batch_size: number of images in a batch.
+            title: title of the progress bar.
         """
-        pyramid = training.make_pyramid(config)
-        splits, size = (data.train, data.validation), config.evaluation.batch_size
-        total = sum(map(len, splits))
-        self._raw, self._images = features.extract(
-            features.make_extractor(pyramid, trunk.variables),
+        splits = data.train, data.validation
+        self._images, self._raw = extract(
+            extractor,
             progress(
-                _join(splits, size),
+                _join(splits, batch_size),
                 title,
-                total=sum(-(-len(s) // size) for s in splits),
+                total=sum(-(-len(s) // batch_size) for s in splits),
             ),
-            total,
+            sum(map(len, splits)),
         )
         paths = [record.image for split in splits for record in split.records]
         self._row: dict[Path, int] = {path: row for row, path in enumerate(paths)}
 
-    def part(self, data: Category, *, whiten: bool) -> features.Normals:
-        """What a member trains and validates on."""
+    def part(self, data: Category, *, whiten: bool) -> Normals:
+        """Returns the training and validation images and features of a member.
+
+        Args:
+            data: category of the member, with its split.
+            whiten: True to whiten features, see `channel_statistics`.
+        """
         train, validation = (
             np.array([self._row[record.image] for record in split.records])
             for split in (data.train, data.validation)
         )
-        statistics = features.channel_statistics(
-            (self._raw[row] for row in train), whiten=whiten
-        )
-        return features.Normals(
-            Rows(self._raw, self._images, train, statistics),
-            Rows(self._raw, self._images, validation, statistics),
+        statistics = None
+        if self._raw is not None:
+            rows = (self._raw[row] for row in train)
+            statistics = channel_statistics(rows, whiten=whiten)
+        return Normals(
+            *(
+                Rows(self._images, self._raw, rows, statistics)
+                for rows in (train, validation)
+            ),
             statistics,
         )
 
 
 def _join(splits: Sequence[Examples], size: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of one split after the other, numbered on."""
+    """Yields the batches of all splits, with consecutive indices."""
     start = 0
     for split in splits:
         for batch in split.batches(min(size, len(split))):

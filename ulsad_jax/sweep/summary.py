@@ -1,4 +1,4 @@
-"""What came out of a sweep: its table, CSV, JSON and plot."""
+"""Summarises a sweep: its table, CSV files, JSON file and plot."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ulsad_jax.metrics import base
+from ulsad_jax.metrics.values import finite, mean_row, with_nan
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import results
+from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runtime import files
 from ulsad_jax.sweep.fusions import FUSIONS
 from ulsad_jax.sweep.grid import Member
@@ -18,19 +20,19 @@ from ulsad_jax.sweep.grid import Member
 FORMAT = 1  # of results.json
 ALL_CATEGORIES = "mean"
 VALIDATION = "validation_loss"
-TABLE = results.TABLE | {VALIDATION: "validation loss"}
 HEADLINE = "image_auroc"
 
 
 class Entry(NamedTuple):
-    """A member and what became of it.
+    """A member and its results.
 
     Attributes:
-        member: which one.
-        failure: why it has no metrics, or nothing.
-        step: that was evaluated.
-        metrics: by name, with the validation loss; NaN where undefined.
-        loss_fields: of its config: validation losses of others are other sums.
+        member: member of the sweep.
+        failure: reason why there are no metrics, or an empty string.
+        step: number of updates of the evaluated checkpoint.
+        metrics: metrics by name, with the validation loss; NaN where undefined.
+        loss_fields: text of the config fields that define the loss; validation losses
+            can be compared only if it is equal.
     """
 
     member: Member
@@ -41,14 +43,14 @@ class Entry(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Members that differ in their seed alone.
+    """Results of members that differ only in their seed.
 
     Attributes:
-        setting: what they have in common.
-        category: of all, or `ALL_CATEGORIES`.
-        seeds: of those that have metrics.
-        mean: of each metric.
-        std: of each metric, with n - 1; NaN for a single seed.
+        setting: common setting of the members.
+        category: category, or `ALL_CATEGORIES` for the mean over categories.
+        seeds: seeds of the members that have metrics.
+        mean: mean of each metric.
+        std: standard deviation of each metric, with n - 1; NaN for a single seed.
     """
 
     setting: str
@@ -59,34 +61,36 @@ class Group(NamedTuple):
 
 
 def read_entry(member: Member, folder: Path, *, failure: str) -> Entry:
-    """Reads what a member's folder says.
+    """Reads the results in a member's folder.
 
     Args:
-        member: which one.
-        folder: its run's.
-        failure: why it has no results, or nothing.
+        member: member of the sweep.
+        folder: work directory of the member.
+        failure: reason why there are no results, or an empty string.
     """
-    losses = repr(sorted(config_lib.flatten(member.config.losses)))
+    config = member.config
+    groups = config.methods, config.losses
+    losses = repr([config.method, *(sorted(config_lib.flatten(g)) for g in groups)])
     if failure:
         return Entry(member, failure, 0, {}, losses)
-    inside = folder / results.folder_name(member.category)
-    document = json.loads((inside / "results.json").read_text())
-    metrics = results.with_nan(document["metrics"])
-    for line in (inside / "metrics.jsonl").read_text().splitlines():
+    inside = folder / files_of.folder_name(member.category)
+    document = json.loads((inside / files_of.RESULTS).read_text())
+    metrics = with_nan(document["metrics"])
+    for line in (inside / files_of.EPOCHS).read_text().splitlines():
         epoch = json.loads(line)
         if epoch["step"] == document["step"]:
-            metrics[VALIDATION] = epoch["validation/total"]
+            metrics[VALIDATION] = epoch.get("validation/total", math.nan)
     path = inside / FUSIONS
     scored = json.loads(path.read_text()) if path.exists() else {}
     scored.pop("step", None)
     for fusion, values in scored.items():
-        for name, value in results.with_nan(values).items():
+        for name, value in with_nan(values).items():
             metrics[f"{fusion}: {name}"] = value
     return Entry(member, "", document["step"], metrics, losses)
 
 
 def group(entries: Iterable[Entry]) -> list[Group]:
-    """Mean and deviation over seeds, of each category and of their mean."""
+    """Returns mean and deviation over seeds, for each category and for their mean."""
     rows: dict[tuple[str, str], dict[int, Mapping[str, float]]] = {}
     by_setting: dict[str, dict[int, dict[str, Mapping[str, float]]]] = {}
     categories: dict[str, set[str]] = {}
@@ -99,9 +103,9 @@ def group(entries: Iterable[Entry]) -> list[Group]:
             seeds = by_setting.setdefault(member.setting, {})
             seeds.setdefault(member.seed, {})[member.category] = entry.metrics
     for setting, names in categories.items():
-        if len(names) > 1:  # seeds of which a category is missing are left out
+        if len(names) > 1:  # without seeds that lack a category
             rows[setting, ALL_CATEGORIES] = {
-                seed: results.mean_row(found)
+                seed: mean_row(found)
                 for seed, found in by_setting.get(setting, {}).items()
                 if len(found) == len(names)
             }
@@ -112,12 +116,12 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
     """Writes members.csv, results.csv, results.json and results.png.
 
     Args:
-        workdir: of the sweep.
-        entries: all members.
-        traced: the fields that were arguments of the program.
+        workdir: work directory of the sweep.
+        entries: results of all members.
+        traced: fields that were arguments of the program.
 
     Returns:
-        The table of mean and deviation, the best members, and where the rest is.
+        The table of mean and deviation, the best members, and the paths of the files.
     """
     groups, best = group(entries), find_best(entries)
     on_test = any(
@@ -136,13 +140,14 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
         "traced": list(traced),
         "best": best,
         "groups": [
-            g._asdict() | {"mean": results.finite(g.mean), "std": results.finite(g.std)}
-            for g in groups
+            g._asdict() | {"mean": finite(g.mean), "std": finite(g.std)} for g in groups
         ],
         "members": [_describe(e) for e in entries],
     }
     files.replace(document, json.dumps(content, indent=2) + "\n")
-    lines = [table(groups), *_tell(entries, best, on_test=on_test)]
+    metrics = base.find(entries[0].member.config.evaluation.metrics)
+    titles = base.columns(metrics) | {VALIDATION: "validation loss"}
+    lines = [table(groups, titles), *_tell(entries, best, on_test=on_test)]
     if any(HEADLINE in e.metrics for e in entries):
         _plot(plot, entries, groups)
         lines.append(f"Plot: {plot}")
@@ -151,10 +156,18 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
     return "\n".join(lines)
 
 
-def table(groups: Sequence[Group]) -> str:
-    """One line a group: mean and deviation over seeds, metrics in per cent."""
-    names = [n for n in _columns(groups) if any(n in g.mean for g in groups)]
-    titles = {n: _title(n) for n in names}
+def table(groups: Sequence[Group], titles: Mapping[str, str]) -> str:
+    """Returns a text table with one line per group: mean and deviation over seeds.
+
+    Metrics are in percent.
+
+    Args:
+        groups: groups of members.
+        titles: column titles by metric.
+    """
+    wanted = _columns(groups, titles)
+    names = [n for n in wanted if any(n in g.mean for g in groups)]
+    titles = {n: titles.get(n) or _title(n) for n in names}
     rows = [["setting", "category", "seeds", *titles.values()]]
     for g in groups:
         cells = [_cell(n, g) for n in names]
@@ -170,11 +183,11 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def find_best(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each category, the members with the lowest loss and with the highest AUROC.
+    """Returns the best members of each category, by validation loss and by test AUROC.
 
-    The loss is that on the validation normals, and is left out where members have
-    other terms or weights: their losses are other sums. The AUROC is that on the test
-    images: whoever chooses by it has selected on them.
+    The loss is that on the validation normals. It is left out if members have another
+    method, or other loss terms or weights, because such losses cannot be compared. The
+    AUROC is that of the test images: a choice by it is a selection on the test set.
     """
     best: dict[str, dict[str, dict[str, Any]]] = {}
     for category in dict.fromkeys(e.member.category for e in entries):
@@ -185,7 +198,7 @@ def find_best(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, Any]]]:
         rankings["by_test_auroc"] = HEADLINE, max
         best[category] = {}
         for name, (metric, choose) in rankings.items():
-            ranked = [e for e in own if math.isfinite(e.metrics.get(metric, math.nan))]
+            ranked = [e for e in own if _has(e, metric)]
             if ranked:
                 found = choose(ranked, key=lambda e, m=metric: e.metrics[m])
                 best[category][name] = {
@@ -194,6 +207,11 @@ def find_best(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, Any]]]:
                     "selected_on_test": metric == HEADLINE,
                 }
     return best
+
+
+def _has(entry: Entry, metric: str) -> bool:
+    """Returns whether a metric of a member is defined."""
+    return math.isfinite(entry.metrics.get(metric, math.nan))
 
 
 def _average(
@@ -222,10 +240,10 @@ def _tell(
                 f"{category}, lowest loss on validation normals: {choice['member']} "
                 f"({choice['value']:.4f})"
             )
-        elif found:
+        elif any(_has(e, VALIDATION) for e in entries if e.member.category == category):
             lines.append(
                 f"{category}: validation losses are not compared, for members have "
-                "other terms or weights."
+                "other methods, terms or weights."
             )
         if choice := found.get("by_test_auroc"):
             lines.append(
@@ -242,17 +260,16 @@ def _tell(
     return lines
 
 
-def _columns(groups: Sequence[Group]) -> list[str]:
-    """Headline metrics, image AUROC by type, and the other fusions' AUROC."""
+def _columns(groups: Sequence[Group], titles: Mapping[str, str]) -> list[str]:
+    """Returns headline metrics, image AUROC by type, and image AUROC by fusion."""
     found = list(dict.fromkeys(name for g in groups for name in g.mean))
     types = [n for n in found if n.startswith(f"{HEADLINE}/")]
     fusions = [n for n in found if n.endswith(f": {HEADLINE}")]
-    return [HEADLINE, *types, *fusions, *(n for n in TABLE if n != HEADLINE)]
+    return [HEADLINE, *types, *fusions, *(n for n in titles if n != HEADLINE)]
 
 
 def _title(name: str) -> str:
-    if name in TABLE:
-        return TABLE[name]
+    """Returns the title of a metric of one type of anomaly, or of another fusion."""
     fusion, _, metric = name.rpartition(": ")
     return f"AUROC, {fusion}" if fusion else metric.partition("/")[2]
 
@@ -267,7 +284,7 @@ def _cell(name: str, of: Group) -> str:
 
 
 def _describe(entry: Entry) -> dict[str, Any]:
-    """A member as results.json has it."""
+    """Returns a member's entry in results.json."""
     member = entry.member
     return {
         "name": member.name,
@@ -277,14 +294,19 @@ def _describe(entry: Entry) -> dict[str, Any]:
         "fields": member.fields,
         "failure": entry.failure,
         "step": entry.step,
-        "metrics": results.finite(entry.metrics),
+        "metrics": finite(entry.metrics),
     }
 
 
 def _member_rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[Any]]:
-    """Members as a CSV's rows, with the fields that vary and the named metrics."""
+    """Returns the members as rows of a CSV file.
+
+    Args:
+        entries: results of all members.
+        names: names of the metrics to list, after the fields that vary.
+    """
     fields = list(dict.fromkeys(f for e in entries for f in e.member.fields))
-    fields = [field for field in fields if field != "seed"]  # which has a column
+    fields = [field for field in fields if field != "seed"]  # it has its own column
     rows = [["member", "setting", "category", "seed", *fields, "failure", *names]]
     for e in entries:
         member = e.member
@@ -299,7 +321,13 @@ def _member_rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[An
 def _group_rows(
     groups: Sequence[Group], names: Sequence[str], *, on_test: bool
 ) -> list[list[Any]]:
-    """Groups as a CSV's rows, with mean and deviation of the named metrics."""
+    """Returns the groups as rows of a CSV file.
+
+    Args:
+        groups: groups of members.
+        names: names of the metrics whose mean and deviation to list.
+        on_test: True if checkpoints were selected on the test set.
+    """
     columns = [f"{name} {part}" for name in names for part in ("mean", "std")]
     rows = [["setting", "category", "seeds", "selected_on_test", *columns]]
     for g in groups:
@@ -309,12 +337,12 @@ def _group_rows(
 
 
 def _number(value: float | None) -> float | str:
-    """As a CSV has it: empty where undefined."""
+    """Returns a number for a CSV file; an undefined one becomes an empty string."""
     return "" if value is None or math.isnan(value) else value
 
 
 def _plot(path: Path, entries: Sequence[Entry], groups: Sequence[Group]) -> None:
-    """Image AUROC of every member, and the mean of each group."""
+    """Plots the image AUROC of every member, and the mean of each group."""
     from matplotlib.figure import Figure
 
     single = len({g.category for g in groups}) == 1
@@ -332,7 +360,7 @@ def _plot(path: Path, entries: Sequence[Entry], groups: Sequence[Group]) -> None
         axes.plot(mean, y, "|", color="#c0392b", ms=16, mew=2)
     labels = [g.setting if single else f"{g.setting}, {g.category}" for g in groups]
     axes.set_yticks(range(len(groups)), labels)
-    axes.set_ylim(-0.5, len(groups) - 0.5)  # rows without a result, too
+    axes.set_ylim(-0.5, len(groups) - 0.5)  # include rows without a result
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("image AUROC in per cent:\neach member, and the mean over seeds")

@@ -1,4 +1,4 @@
-"""A wave: members that are trained at once, as one program over all devices."""
+"""Trains the members of a wave at once, as one program over all devices."""
 
 from __future__ import annotations
 
@@ -11,97 +11,84 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ulsad_jax.methods.ulsad.networks import Ulsad
-from ulsad_jax.runs import training
+from ulsad_jax.methods.base import Batch, Method, State
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import steps
 from ulsad_jax.runs.loop import Trainer, stop_signals
 from ulsad_jax.runtime.errors import Diverged, Interrupted
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, UInt8
+    from jaxtyping import Array, Float
     from ml_collections import ConfigDict
 
-MEMBER = "member"  # the mesh's axis, along which members are split
-Numbers = dict[str, dict[str, Any]]
-Batch = tuple[np.ndarray, np.ndarray]  # features, images
-Update = Callable[..., tuple[training.TrainState, dict[str, Any]]]
+MEMBER = "member"  # mesh axis over which members are split
+Numbers = dict[str, np.ndarray]
+Update = Callable[..., tuple[State, dict[str, Any]]]
 
 
 def take_numbers(config: ConfigDict, traced: Sequence[str]) -> Numbers:
-    """A member's own values of the fields that `grid.traced_fields` names.
-
-    Returns:
-        {"optimizer": {name: number}, "losses": {entry: {name: number}}}.
-    """
-    numbers: Numbers = {"optimizer": {}, "losses": {}}
-    for field in traced:
-        group, *entry, name = field.split(".")
-        fields, taken = config[group], numbers[group]
-        if entry:
-            fields, taken = fields[entry[0]], taken.setdefault(entry[0], {})
-        taken[name] = np.float32(fields[name])
-    return numbers
-
-
-def make_update(
-    model: Ulsad, loss_fn: Callable, optimizer: Mapping[str, float]
-) -> Update:
-    """`training.make_update` with numbers as arguments: `update(numbers, state, ...)`.
+    """Returns a member's values of the traced fields.
 
     Args:
-        model: the networks.
-        loss_fn: see `losses.make_loss_fn`.
-        optimizer: what `training.make_optimizer` takes, where members do not differ.
+        config: resolved config of the member.
+        traced: fields from `grid.traced_fields`.
+    """
+    fields = dict(config_lib.flatten(config))
+    return {field: np.float32(fields[field]) for field in traced}
+
+
+@functools.lru_cache
+def make_update(method: Method) -> Update:
+    """Returns `update(numbers, state, batch, key)`, with traced fields as arguments.
+
+    Args:
+        method: method of the members, with the fields in which they do not differ.
     """
 
     def update(
-        numbers: Numbers,
-        state: training.TrainState,
-        features: Float[Array, "b h/8 w/8 c"],
-        image: UInt8[Array, "b h w 3"],
-    ) -> tuple[training.TrainState, dict[str, Float[Array, ""]]]:
-        own = training.make_update(
-            model,
-            functools.partial(loss_fn, numbers=numbers["losses"]),
-            training.make_optimizer(**{**optimizer, **numbers["optimizer"]}),
-        )
-        return own(state, features, image)
+        numbers: Numbers, state: State, batch: Batch, key: jax.Array
+    ) -> tuple[State, dict[str, Float[Array, ""]]]:
+        return steps.make_update(method.trace(numbers))(state, batch, key)
 
     return update
 
 
 class AtOnce:
-    """Members as one array with an axis of members: `vmap`, split over all devices.
+    """Members stacked along a new axis: `vmap`, split over all devices.
 
-    Members share nothing: each device updates its own, without a word to the others.
+    Each device updates its own members, without communication between devices.
     """
 
     def __init__(
         self,
         update: Update,
-        states: Sequence[training.TrainState],
+        states: Sequence[State],
         numbers: Sequence[Numbers],
+        keys: Sequence[jax.Array],
     ):
-        """Places the members; where they do not fill the devices, the first repeats.
+        """Places the members; the first one is repeated to fill all devices equally.
 
         Args:
-            update: see `make_update`.
-            states: of each member, in host memory.
-            numbers: of each member.
+            update: function from `make_update`.
+            states: initial state of each member, in host memory.
+            numbers: traced fields of each member.
+            keys: random key of each member's updates.
         """
         self._mesh = Mesh(np.array(jax.devices()[: len(states)]), (MEMBER,))
         self._filling = -len(states) % self._mesh.size
         self._states, self._numbers = self._place(states), self._place(numbers)
+        self._keys = self._place_keys(keys)
         self._update = _vectorize(update, self._mesh)
 
     def step(self, batches: Sequence[Batch]) -> dict[str, Float[Array, " m"]]:
-        """Updates every member with its batch; returns the losses before."""
+        """Updates every member with its batch; returns the losses before the update."""
         self._states, losses = self._update(
-            self._numbers, self._states, *self._place(batches)
+            self._numbers, self._states, self._place(batches), self._keys
         )
         return losses
 
-    def state(self, i: int) -> training.TrainState:
-        """Of a member, on the first device."""
+    def state(self, i: int) -> State:
+        """Returns the state of member i, on the first device."""
         return jax.device_put(_pick(self._states, i), jax.devices()[0])
 
     def _place(self, trees: Sequence[Any]) -> Any:
@@ -110,43 +97,48 @@ class AtOnce:
         sharding = NamedSharding(self._mesh, PartitionSpec(MEMBER))
         return jax.device_put(stacked, sharding)
 
+    def _place_keys(self, keys: Sequence[jax.Array]) -> jax.Array:
+        return jax.random.wrap_key_data(
+            self._place(list(map(jax.random.key_data, keys)))
+        )
+
 
 class InTurn:
-    """Members one after the other, through one program: faster on CPUs.
+    """Members updated one after the other by one program, which is faster on CPUs.
 
-    There, convolutions whose kernels differ by member are run as grouped ones, at a
-    quarter of the speed. Members take turns on the devices.
+    On CPUs, convolutions whose kernels differ by member run as grouped convolutions, at
+    a quarter of the speed. Members are distributed over the devices.
     """
 
     def __init__(
         self,
         update: Update,
-        states: Sequence[training.TrainState],
+        states: Sequence[State],
         numbers: Sequence[Numbers],
+        keys: Sequence[jax.Array],
     ):
-        """Places the members; arguments are those of `AtOnce`."""
+        """Places the members; the arguments are those of `AtOnce`."""
         devices = jax.devices()
         self._devices = [devices[i % len(devices)] for i in range(len(states))]
-        pairs = zip(states, numbers, strict=True)
-        places = zip(pairs, self._devices, strict=True)
-        self._members = [jax.device_put(pair, device) for pair, device in places]
+        members = zip(states, numbers, keys, strict=True)
+        places = zip(members, self._devices, strict=True)
+        self._members = [jax.device_put(member, device) for member, device in places]
         self._update = _compile(update)
 
     def step(self, batches: Sequence[Batch]) -> dict[str, Float[np.ndarray, " m"]]:
-        """See `AtOnce.step`."""
+        """Updates every member with its batch, see `AtOnce.step`."""
         losses = []
         for i, batch in enumerate(batches):
-            state, numbers = self._members[i]
-            state, own = self._update(
-                numbers, state, *jax.device_put(batch, self._devices[i])
-            )
-            self._members[i] = state, numbers
+            state, numbers, key = self._members[i]
+            placed = jax.device_put(batch, self._devices[i])
+            state, own = self._update(numbers, state, placed, key)
+            self._members[i] = state, numbers, key
             losses.append(own)
         losses = jax.device_get(losses)
         return {name: np.stack([own[name] for own in losses]) for name in losses[0]}
 
-    def state(self, i: int) -> training.TrainState:
-        """See `AtOnce.state`."""
+    def state(self, i: int) -> State:
+        """Returns the state of member i, see `AtOnce.state`."""
         return jax.device_put(self._members[i][0], jax.devices()[0])
 
 
@@ -154,22 +146,22 @@ BACKENDS = {"vmap": AtOnce, "loop": InTurn}
 
 
 def choose_backend(name: str) -> type[AtOnce] | type[InTurn]:
-    """The one of a name; without a name "vmap", but on CPUs "loop"."""
+    """Returns the backend of a name; "" is "vmap", or "loop" on CPUs."""
     return BACKENDS[name or ("loop" if jax.default_backend() == "cpu" else "vmap")]
 
 
 class MemberTrainer(Trainer):
-    """The trainer of a member: steps are taken outside, for all members at once.
+    """Trainer of a member; the steps of all members are taken by the wave.
 
-    Members count their steps themselves: each has its own epochs, and may have been
-    resumed at another step than the others. One that has finished, or diverged, stays
-    in the program, and what becomes of it there is not looked at.
+    Each member counts its own steps: members may differ in the length of their epochs,
+    and in the step at which they resumed. A member that has finished or diverged stays
+    in the program, and its further results are ignored.
     """
 
     failure: str = ""  # why training ended early
 
-    def begin(self) -> training.TrainState:
-        """Resumes; returns the state to go on from, in host memory."""
+    def begin(self) -> State:
+        """Restores the last checkpoint; returns the state, in host memory."""
         self._resume()
         self._step = int(self._state.step)
         state, self._state = jax.device_get(self._state), None
@@ -179,17 +171,26 @@ class MemberTrainer(Trainer):
 
     @property
     def is_done(self) -> bool:
-        """Whether there are no more steps to take."""
+        """True if the member has no more steps to take."""
         last = self._config.train.num_epochs * self._steps_per_epoch
         return bool(self.failure) or self._step >= last
 
     def next_batch(self) -> Batch:
-        """Features and images of the next step; of any, if there is none."""
+        """Returns the batch of the next step, in host memory.
+
+        If there is no next step, the batch is arbitrary.
+        """
         epoch, i = divmod(self._step, self._steps_per_epoch)
         if epoch != self._epoch_order[0]:
             self._epoch_order = epoch, self._order(epoch)
-        batch = self._config.train.batch_size
-        return self._train.batch(self._epoch_order[1][i * batch : (i + 1) * batch])
+        rows, count = self._rows(self._epoch_order[1], i)
+        images, features = self._train.batch(rows)
+        return Batch(images, features, np.arange(len(rows)) < count)
+
+    @property
+    def key(self) -> jax.Array:
+        """Random key of the member's updates."""
+        return self._key
 
     def advance(self) -> None:
         """Counts a step that was taken."""
@@ -198,11 +199,14 @@ class MemberTrainer(Trainer):
     def report(
         self,
         losses: Mapping[str, np.ndarray],
-        get_state: Callable[[], training.TrainState],
+        get_state: Callable[[], State],
     ) -> None:
-        """Takes the losses of the step that was just counted.
+        """Adds the losses of the last counted step; ends the epoch if it is complete.
 
-        At the end of an epoch it asks for the state, to validate and save as any run.
+        Args:
+            losses: losses by name.
+            get_state: function that returns the member's state; it is called at the end
+                of an epoch, to validate and save.
         """
         try:
             self._count(self._step, losses)
@@ -218,31 +222,32 @@ class MemberTrainer(Trainer):
         finally:
             self._state = None
 
-    def save(self, state: training.TrainState) -> None:
-        """Saves within an epoch."""
+    def save(self, state: State) -> None:
+        """Saves the state within an epoch."""
         self._state = state
         self._save()
         self._state = None
 
     def finish(self) -> None:
-        """Returns when everything is on disk."""
+        """Waits until all checkpoints are on disk."""
         self._store.wait()
 
     @property
     def step(self) -> int:
-        """Updates so far."""
+        """Number of updates so far."""
         return self._step
 
 
 def train(members: Sequence[MemberTrainer], program: AtOnce | InTurn) -> None:
-    """Trains a wave to the end of its last member.
+    """Trains a wave until its last member is done.
 
     Args:
-        members: at least one.
-        program: of these members, from the states that `MemberTrainer.begin` gives.
+        members: trainers of the members; at least one.
+        program: program of these members, made with the states from
+            `MemberTrainer.begin`.
 
     Raises:
-        Interrupted: by SIGTERM or SIGINT, after saving every member.
+        Interrupted: SIGTERM or SIGINT was received; every member is saved.
     """
     with stop_signals() as stop:
         batches = [member.next_batch() for member in members]
@@ -251,7 +256,7 @@ def train(members: Sequence[MemberTrainer], program: AtOnce | InTurn) -> None:
             active = [(i, m) for i, m in enumerate(members) if not m.is_done]
             for _, member in active:
                 member.advance()
-            # While the devices compute.
+            # Batches are read while the devices compute.
             batches = [member.next_batch() for member in members]
             losses = jax.device_get(losses)
             for i, member in active:
@@ -282,5 +287,5 @@ def _compile(update: Update) -> Update:
 
 
 @jax.jit
-def _pick(states: training.TrainState, i: int) -> training.TrainState:
+def _pick(states: State, i: int) -> State:
     return jax.tree.map(lambda leaf: leaf[i], states)

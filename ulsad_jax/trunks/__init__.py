@@ -1,1 +1,1 @@
-"""Frozen networks that features come from, and those features."""
+"""Provides frozen networks and the features that they compute."""

@@ -1,73 +1,92 @@
-"""The frozen feature pyramid: what the reconstructors have to reproduce."""
+"""Computes the frozen feature pyramid, which the reconstructors have to reproduce."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ulsad_jax.nn.layers import normalize_image, resize
-from ulsad_jax.trunks.resnet import ResNet, fold_batch_norm
+from ulsad_jax.nn.layers import resize
+from ulsad_jax.trunks import base
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
 
-FEATURE_CHANNELS = 384
-# Which outputs of the trunk are features; all are put on layer2's grid.
-LAYERS = {"layer2+layer3": (0, 1), "layer2": (0,), "layer3": (1,)}
 
-
-def pyramid_variables(trunk: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of a `FeaturePyramid`, as arrays of NumPy.
+def pyramid_variables(architecture: str, trunk: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the variables of a `FeaturePyramid`.
 
     Args:
-        trunk: variables of a `ResNet`, with batch norm.
+        architecture: name of the architecture; see `base.find`.
+        trunk: variables of the architecture's module, as published.
     """
-    return {"params": {"trunk": fold_batch_norm(trunk)["params"]}}
-
-
-def feature_shape(image_size: tuple[int, int]) -> tuple[int, int, int]:
-    """(h/8, w/8, c) of the features of an image of (height, width) pixels."""
-    height, width = image_size
-    return height // 8, width // 8, FEATURE_CHANNELS
+    folded = base.find(architecture).fold(trunk)
+    return {kind: {"trunk": tree} for kind, tree in folded.items()}
 
 
 class FeaturePyramid(nn.Module):
-    """Layers of a trunk on one grid, pooled to 384 channels; as published, 2 and 3.
+    """A trunk whose outputs are resized to one grid and concatenated.
 
-    Its variables are `pyramid_variables`; batch norm is part of its convolutions.
+    The channels are pooled if the architecture says so. The variables are those of
+    `pyramid_variables`.
 
     Attributes:
-        architecture: of the trunk, a key of `resnet.ARCHITECTURES`.
+        architecture: name of the trunk's architecture; see `base.find`.
         dtype: computation type of the trunk.
-        layers: a key of `LAYERS`.
+        layers: names of outputs, joined with "+"; None for the architecture's own.
     """
 
     architecture: str
     dtype: DTypeLike = jnp.float32
-    layers: str = "layer2+layer3"
+    layers: str | None = None
 
     def setup(self):
         """Makes the trunk."""
-        self.trunk = ResNet(self.architecture, self.dtype, folded=True)
+        make = base.find(self.architecture).make
+        self.trunk = make(dtype=self.dtype, folded=True)
 
     def __call__(
         self, image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
-    ) -> Float[Array, "b h/8 w/8 384"]:
+    ) -> Float[Array, "b gh gw c"]:
         """Returns features in float32, not standardised."""
-        layer2, layer3 = self.trunk(normalize_image(image))
-        layer3 = resize(layer3.astype(jnp.float32), layer2.shape[1:3])
-        outputs = layer2.astype(jnp.float32), layer3
-        chosen = [outputs[i] for i in LAYERS[self.layers]]
-        return pool_channels(jnp.concatenate(chosen, axis=-1), FEATURE_CHANNELS)
+        architecture = base.find(self.architecture)
+        outputs = self.trunk(image)
+        size = outputs[architecture.grid].shape[1:3]
+        features = jnp.concatenate(
+            [
+                resize(outputs[name].astype(jnp.float32), size)
+                for name in (self.layers or architecture.layers).split("+")
+            ],
+            axis=-1,
+        )
+        if architecture.channels is None:
+            return features
+        return pool_channels(features, architecture.channels)
+
+
+@functools.cache
+def feature_shape(
+    pyramid: FeaturePyramid, image_size: tuple[int, int]
+) -> tuple[int, int, int]:
+    """Returns the shape (gh, gw, c) of an image's features, without computing them.
+
+    Args:
+        pyramid: frozen network.
+        image_size: (height, width) in pixels.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.uint8)
+    found, _ = jax.eval_shape(pyramid.init_with_output, jax.random.key(0), image)
+    return found.shape[1:]
 
 
 def pool_channels(x: Float[Array, "b h w c"], bins: int) -> Float[Array, "b h w bins"]:
-    """Averages neighbouring channels (PyTorch's `adaptive_avg_pool1d` over them).
+    """Averages neighbouring channels, as PyTorch's `adaptive_avg_pool1d` does.
 
     Bin i covers the channels floor(i * c / bins) up to ceil((i + 1) * c / bins).
     """

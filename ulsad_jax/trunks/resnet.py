@@ -1,4 +1,4 @@
-"""ResNet trunks up to layer3 (He et al. 2016; Zagoruyko & Komodakis 2016).
+"""Defines ResNet trunks up to layer3 (He et al. 2016; Zagoruyko & Komodakis 2016).
 
 Attribute names and the place of the stride (the 3 x 3 of a bottleneck) are those of
 torchvision and timm, so that their weights fit.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -17,45 +18,23 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from ulsad_jax.nn.layers import BatchNorm, Conv
+from ulsad_jax.nn.layers import BatchNorm, Conv, normalize_image
+from ulsad_jax.trunks.base import Architecture, Builtin
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
-
-
-class Architecture(NamedTuple):
-    """What tells the trunks apart.
-
-    Attributes:
-        bottleneck: 1 x 1, 3 x 3, 1 x 1 blocks rather than two 3 x 3.
-        blocks: how many, in layer1 to layer3.
-        width: channels of layer1's 3 x 3; each further layer doubles them.
-    """
-
-    bottleneck: bool
-    blocks: tuple[int, int, int]
-    width: int
-
-
-ARCHITECTURES = {
-    "resnet18": Architecture(False, (2, 2, 2), 64),
-    "resnet34": Architecture(False, (3, 4, 6), 64),
-    "resnet50": Architecture(True, (3, 4, 6), 64),
-    "wide_resnet50_2": Architecture(True, (3, 4, 6), 128),
-    "wide_resnet101_2": Architecture(True, (3, 4, 23), 128),
-}
+    from jaxtyping import Array, Float, UInt8
 
 
 class Block(nn.Module):
-    """A residual block: basic, or bottleneck.
+    """A residual block, basic or bottleneck.
 
     Attributes:
-        width: channels of its 3 x 3 convolutions.
-        features: output channels.
-        stride: of the block.
-        bottleneck: which kind.
+        width: number of channels of its 3 x 3 convolutions.
+        features: number of output channels.
+        stride: stride of the block.
+        bottleneck: True for a bottleneck block, False for a basic one.
         dtype: computation type.
-        folded: see `ResNet`.
+        folded: True if batch norm is part of the convolutions; see `ResNet`.
     """
 
     width: int
@@ -85,50 +64,56 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A trunk up to layer3.
+    """A ResNet trunk up to layer3.
 
     Attributes:
-        architecture: a key of `ARCHITECTURES`.
+        bottleneck: True for blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions, False for
+            blocks of two 3 x 3.
+        blocks: numbers of blocks in layer1 to layer3.
+        width: number of channels of layer1's 3 x 3 convolutions; each further layer
+            doubles it.
         dtype: computation type.
-        folded: whether batch norm is part of the convolutions; its variables are then
-            `fold_batch_norm`'s.
+        folded: True if batch norm is part of the convolutions; the variables are then
+            those of `fold_batch_norm`.
     """
 
-    architecture: str
+    bottleneck: bool
+    blocks: tuple[int, int, int]
+    width: int
     dtype: DTypeLike = jnp.float32
     folded: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w 3"]
-    ) -> tuple[Float[Array, "b h/8 w/8 c2"], Float[Array, "b h/16 w/16 c3"]]:
-        """Takes a normalised image; returns the outputs of layer2 and layer3.
+        self, image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
+    ) -> dict[str, Float[Array, "b gh gw c"]]:
+        """Returns `layer2` at an eighth of the image's size, `layer3` at a sixteenth.
 
         Args:
-            x: see `layers.normalize_image`.
+            image: uint8 in 0..255 or float in 0..1.
         """
-        bottleneck, blocks, width = ARCHITECTURES[self.architecture]
         settings = {"dtype": self.dtype, "folded": self.folded}
+        x = normalize_image(image)
         x = max_pool(nn.relu(_conv(x, 64, 7, 2, name="conv1", **settings)))
-        outputs = []
-        for stage, count in enumerate(blocks):
+        outputs = {}
+        for stage, count in enumerate(self.blocks):
             for i in range(count):
                 x = Block(
-                    width=width * 2**stage,
-                    features=64 * 2**stage * (4 if bottleneck else 1),
+                    width=self.width * 2**stage,
+                    features=64 * 2**stage * (4 if self.bottleneck else 1),
                     stride=2 if i == 0 and stage > 0 else 1,
-                    bottleneck=bottleneck,
+                    bottleneck=self.bottleneck,
                     name=f"layer{stage + 1}_{i}",
                     **settings,
                 )(x)
-            outputs.append(x)
-        return outputs[1], outputs[2]
+            outputs[f"layer{stage + 1}"] = x
+        return {name: outputs[name] for name in ("layer2", "layer3")}
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
-    """The maximum of 3 x 3 at stride 2, rows first.
+    """Returns the maximum of 3 x 3 windows at stride 2, by rows and then by columns.
 
-    The edge is repeated, which changes no maximum; ONNX has no padding for batches of
+    The edge is repeated, which changes no maximum. ONNX has no padding for batches of
     any size.
     """
     for axis in (1, 2):
@@ -141,13 +126,13 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
 
 
 def fold_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What a folded `ResNet` computes the same outputs from, as arrays of NumPy.
+    """Returns the NumPy variables of a folded `ResNet` with the same outputs.
 
-    Batch norm by running statistics multiplies every channel by a number and adds
-    another: the kernel takes the one, a bias the other.
+    Batch norm by running statistics multiplies every channel by one number and adds
+    another. The first is folded into the kernel, the second becomes a bias.
 
     Args:
-        variables: of a `ResNet` that is not folded.
+        variables: variables of a `ResNet` that is not folded.
     """
     params, stats = (
         traverse_util.flatten_dict(variables[kind])
@@ -177,7 +162,7 @@ def _conv(
     dtype: DTypeLike,
     folded: bool,
 ) -> Float[Array, "b oh ow features"]:
-    """A convolution that keeps the size at stride 1, and its batch norm."""
+    """Applies a convolution that keeps the size at stride 1, and its batch norm."""
     y = Conv(
         features,
         (kernel, kernel),
@@ -192,6 +177,42 @@ def _conv(
 
 
 def _norm_of(conv: str) -> str:
-    """The name of a convolution's batch norm."""
+    """Returns the name of a convolution's batch norm."""
     names = {"downsample_0": "downsample_1"}
     return names.get(conv, conv.replace("conv", "bn"))
+
+
+def _describe(
+    bottleneck: bool,
+    blocks: tuple[int, int, int],
+    width: int,
+    builtin: Builtin | None = None,
+) -> Architecture:
+    """Returns the architecture that the method is published with.
+
+    Its features have 384 channels, on layer2's grid.
+    """
+    return Architecture(
+        functools.partial(ResNet, bottleneck, blocks, width),
+        grid="layer2",
+        layers="layer2+layer3",
+        channels=384,
+        fold=fold_batch_norm,
+        unused=("layer4.", "fc.", "classifier.", "head."),
+        builtin=builtin,
+    )
+
+
+# Trained on synthetic drawn images, for which layer2's whitened features are best. The
+# file's metadata describes the training and names the commit of this repository that
+# contains the program.
+_DRAWN = Builtin(
+    Path(__file__).parents[1] / "weights" / "resnet18.safetensors", "layer2", True
+)
+TRUNKS = {
+    "resnet18": _describe(False, (2, 2, 2), 64, _DRAWN),
+    "resnet34": _describe(False, (3, 4, 6), 64),
+    "resnet50": _describe(True, (3, 4, 6), 64),
+    "wide_resnet50_2": _describe(True, (3, 4, 6), 128),
+    "wide_resnet101_2": _describe(True, (3, 4, 23), 128),
+}

@@ -1,4 +1,4 @@
-"""The trunk's weights: built in, from the Hugging Face hub, from a file, or random."""
+"""Loads a trunk's weights: built-in, from the Hugging Face hub, a file, or random."""
 
 from __future__ import annotations
 
@@ -9,29 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ulsad_jax.runtime import compilation, errors, files
 from ulsad_jax.runtime.errors import UserError
-from ulsad_jax.trunks import torch_names as torch_import
+from ulsad_jax.trunks import base, torch_names
 from ulsad_jax.trunks.pyramid import pyramid_variables
-from ulsad_jax.trunks.resnet import ResNet
-
-# Trained on drawn images. Its metadata says how, and at which commit of this
-# repository: the program is in its history.
-BUILTIN_ARCHITECTURE = "resnet18"
-BUILTIN = Path(__file__).parents[1] / "weights" / f"{BUILTIN_ARCHITECTURE}.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrunkIdentity:
-    """What tells whether two trunks are the same.
+    """The properties by which trunks are compared.
 
     Attributes:
-        architecture: a key of `resnet.ARCHITECTURES`.
-        source: where the weights came from, for a person to read.
-        sha256: of the weights themselves: names, shapes and float32 values.
+        architecture: name of the architecture; see `base.find`.
+        source: origin of the weights, for display.
+        sha256: SHA-256 of the names, shapes and float32 values of the weights.
     """
 
     architecture: str
@@ -44,9 +37,9 @@ class Trunk:
     """A frozen trunk.
 
     Attributes:
-        identity: what tells it from others.
-        arrays: as published, under PyTorch's names, in float32.
-        variables: of the `pyramid.FeaturePyramid`, on the device.
+        identity: identity of the trunk.
+        arrays: published weights by PyTorch's names, in float32.
+        variables: variables of the `pyramid.FeaturePyramid`, on the device.
     """
 
     identity: TrunkIdentity
@@ -57,22 +50,25 @@ class Trunk:
 def load_trunk(
     *, architecture: str, source: str, repository: str, path: str, seed: int
 ) -> Trunk:
-    """Loads or draws a trunk.
+    """Loads a trunk, or draws a random one.
 
     Args:
-        architecture: a key of `resnet.ARCHITECTURES`.
+        architecture: name of the architecture; see `base.find`.
         source: "builtin", "hub", "file" or "random".
-        repository: of the hub, with a model.safetensors in timm's names.
-        path: a .safetensors or .pth file in torchvision's or timm's names.
-        seed: of a random trunk.
+        repository: name of a Hugging Face repository with a model.safetensors in
+            timm's names.
+        path: .safetensors or .pth file in torchvision's or timm's names.
+        seed: seed of a random trunk.
 
     Raises:
-        UserError: nothing to load from, or weights of another architecture.
+        UserError: the weights cannot be read, are not finite, or belong to another
+            architecture.
     """
     if source == "random":
         return _draw(architecture, seed)
-    if source == "builtin":
-        return _make(architecture, f"builtin:{architecture}", _read(BUILTIN))
+    if source == base.BUILTIN:
+        stored = base.find(architecture).builtin
+        return _make(architecture, f"builtin:{architecture}", _read(stored.path))
     if source == "hub":
         arrays, origin = _read(_download(repository)), f"hub:{repository}"
     else:
@@ -89,10 +85,11 @@ def save_trunk(trunk: Trunk, path: Path) -> None:
 
 
 def load_saved_trunk(path: Path) -> Trunk:
-    """Reads what `save_trunk` wrote.
+    """Reads a trunk that `save_trunk` wrote.
 
     Raises:
-        UserError: no such file, or its weights are not those it was saved with.
+        UserError: there is no such file, or it lacks the identity or the weights that
+            were saved.
     """
     from safetensors import safe_open
 
@@ -117,10 +114,15 @@ def load_saved_trunk(path: Path) -> Trunk:
 
 
 def check_same(expected: TrunkIdentity, found: TrunkIdentity, where: Path) -> None:
-    """Refuses a trunk with other weights than the expected one.
+    """Checks that a trunk has the expected architecture and weights.
+
+    Args:
+        expected: identity of the trunk that training used.
+        found: identity of the trunk to check.
+        where: path of the trained networks, for the message.
 
     Raises:
-        UserError: shows both identities.
+        UserError: they differ; the message shows both identities.
     """
     if (expected.architecture, expected.sha256) != (found.architecture, found.sha256):
         raise UserError(
@@ -136,17 +138,17 @@ def _describe(identity: TrunkIdentity) -> str:
 
 
 def _draw(architecture: str, seed: int) -> Trunk:
-    """He initialisation, as `ResNet` defines it."""
-    image = jnp.zeros((1, 64, 64, 3))
-    init = jax.jit(ResNet(architecture).init, compiler_options=compilation.run_once())
-    variables = init(jax.random.key(seed), image)
-    arrays = torch_import.export(variables)
+    init = jax.jit(
+        lambda key: base.draw(architecture, key)[1],
+        compiler_options=compilation.run_once(),
+    )
+    arrays = torch_names.export(init(jax.random.key(seed)))
     return _make(architecture, f"random:{seed}", arrays)
 
 
 def _make(architecture: str, source: str, arrays: Mapping[str, np.ndarray]) -> Trunk:
-    variables = torch_import.import_trunk(arrays, architecture)
-    arrays = torch_import.export(variables)
+    variables = torch_names.import_trunk(arrays, architecture)
+    arrays = torch_names.export(variables)
     digest = hashlib.sha256()
     for name, value in sorted(arrays.items()):
         if not np.isfinite(value).all():
@@ -157,7 +159,8 @@ def _make(architecture: str, source: str, arrays: Mapping[str, np.ndarray]) -> T
         digest.update(f"{name}{value.shape}".encode())
         digest.update(value.tobytes())
     identity = TrunkIdentity(architecture, source, digest.hexdigest())
-    return Trunk(identity, arrays, jax.device_put(pyramid_variables(variables)))
+    own = jax.device_put(pyramid_variables(architecture, variables))
+    return Trunk(identity, arrays, own)
 
 
 def _download(repository: str) -> Path:
@@ -178,11 +181,11 @@ def _download(repository: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """Reads named arrays without ever unpickling code."""
+    """Reads named arrays without unpickling code."""
     if not path.is_file():
         raise UserError(
             f"Expected a file of trunk weights, found nothing at {path}. Check "
-            "--config.trunk.path; README, section Trunk weights, says how to get one."
+            "--config.trunk.path; docs/trunks.md says how to get one."
         )
     if path.suffix in (".pth", ".pt"):
         return _read_torch(path)

@@ -1,78 +1,73 @@
-"""The known data sets and how to find the records of one of them."""
+"""The known data sets, and functions that find their records."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
-from ulsad_jax.data.layouts import (
-    btad,
-    folder,
-    magnetic_tile,
-    mvtec_ad,
-    mvtec_loco,
-    table,
-    visa,
-)
+from ulsad_jax.data.layouts.base import Layout
 from ulsad_jax.data.records import Record, check
 from ulsad_jax.data.unused import find_remarks
+from ulsad_jax.runtime import registry
 from ulsad_jax.runtime.errors import UserError
 
-LAYOUTS: dict[str, ModuleType] = {
-    "mvtec_ad": mvtec_ad,
-    "mvtec_loco": mvtec_loco,
-    "btad": btad,
-    "mpdd": mvtec_ad,
-    "visa": visa,
-    "magnetic_tile": magnetic_tile,
-    "folder": folder,
-    "table": table,
-    "synthetic": mvtec_loco,
-}
+
+def known_layouts() -> dict[str, Layout]:
+    """Returns the built-in layouts by name."""
+    return dict(registry.collect("ulsad_jax.data.layouts", "LAYOUTS"))
+
+
+def find(name: str) -> Layout:
+    """Returns the layout that `config.dataset.name` names.
+
+    Raises:
+        UserError: there is no such layout.
+    """
+    return registry.find(name, known_layouts(), field="config.dataset.name")
 
 
 def find_categories(name: str, root: Path) -> list[str]:
-    """The categories of data set `name` under `root`.
+    """Returns the names of the categories of a data set.
 
     Args:
-        name: a key of `LAYOUTS`.
-        root: the folder that the data set was unpacked to; for "table", a CSV file.
+        name: name of a built-in layout, or "module:attribute".
+        root: folder to which the data set was unpacked; for "table", a CSV file.
 
     Raises:
-        UserError: an unknown data set, no data at `root`, or data of another layout.
+        UserError: the data set is unknown, there are no data at `root`, or they have
+            another layout.
     """
-    if name not in LAYOUTS:
-        raise UserError(
-            f"Expected a data set among {', '.join(LAYOUTS)}, found {name!r}. Correct "
-            "the name, or use 'folder' or 'table' for your own images."
-        )
-    is_table = LAYOUTS[name] is table
+    layout = find(name)
     with _readable(root):
-        is_there = root.is_file() if is_table else root.is_dir()
+        is_there = root.is_file() if layout.root_is_file else root.is_dir()
     if not is_there:
         found = "something else" if root.exists() else "nothing there"
         raise UserError(
             f"Expected the data root of {name!r} to be a "
-            f"{'CSV file' if is_table else 'folder'}, found {found}: {root}. Correct "
-            "the path, or get the data (README, section Real data)."
+            f"{'file' if layout.root_is_file else 'folder'}, found {found}: {root}. "
+            "Correct the path, or get the data (docs/data.md)."
         )
     with _readable(root):
-        found = LAYOUTS[name].categories(root)
+        found = layout.categories(root)
     if not found:
         raise UserError(
             f"Expected categories of {name!r} in {root}, found none. Give the folder "
-            "that holds the categories' folders, unpacked (README, section Real data)."
+            "that holds the categories' folders, unpacked (docs/data.md)."
         )
     return found
 
 
 def select_categories(name: str, root: Path, wanted: Sequence[str]) -> list[str]:
-    """The wanted categories, each once; all that are found for ["all"].
+    """Returns the wanted categories, each once; all existing ones for ["all"].
+
+    Args:
+        name: name of a built-in layout, or "module:attribute".
+        root: folder to which the data set was unpacked; for "table", a CSV file.
+        wanted: names of categories, or ["all"].
 
     Raises:
-        UserError: what `find_categories` raises, or an unknown category.
+        UserError: `find_categories` fails, or a category is unknown.
     """
     known = find_categories(name, root)
     if list(wanted) == ["all"]:
@@ -88,26 +83,26 @@ def select_categories(name: str, root: Path, wanted: Sequence[str]) -> list[str]
 
 
 def find_records(name: str, root: Path, category: str) -> list[Record]:
-    """The checked records of one category, in a fixed order.
+    """Returns the checked records of one category, in a fixed order.
 
     Args:
-        name: a key of `LAYOUTS`.
-        root: the folder that the data set was unpacked to; for "table", a CSV file.
-        category: one of `find_categories(name, root)`.
+        name: name of a built-in layout, or "module:attribute".
+        root: folder to which the data set was unpacked; for "table", a CSV file.
+        category: name of a category found by `find_categories(name, root)`.
 
     Raises:
-        UserError: what `find_categories` raises, an unknown category, or data that
-            cannot be trained on.
+        UserError: `find_categories` fails, the category is unknown, or its data cannot
+            be used for training.
     """
     select_categories(name, root, [category])
     with _readable(root):
-        records = LAYOUTS[name].records(root, category)
+        records = find(name).records(root, category)
     return check(records, root)
 
 
 @contextlib.contextmanager
 def _readable(root: Path) -> Iterator[None]:
-    """Names the file or folder of the data that may not be read."""
+    """Turns a permission error into a `UserError` that names the file or folder."""
     try:
         yield
     except PermissionError as error:
@@ -123,10 +118,10 @@ def describe_unused(
     """Returns a sentence for each reason why files of a category are not used.
 
     Args:
-        name: a key of `LAYOUTS`.
-        root: the folder that the data set was unpacked to; for "table", a CSV file.
-        category: the category.
-        records: what `find_records` gave.
+        name: name of a built-in layout, or "module:attribute".
+        root: folder to which the data set was unpacked; for "table", a CSV file.
+        category: name of the category.
+        records: records returned by `find_records`.
     """
-    places = LAYOUTS[name].places(root, category)
-    return find_remarks(records, places) if places else []
+    places = find(name).places
+    return find_remarks(records, places(root, category)) if places else []

@@ -1,7 +1,7 @@
 """Rows of a CSV file that lists images, with errors that name the cell.
 
-The file has a header. Its columns are image, split, label and, if known, mask and
-type; others are ignored.
+The file has a header. Its columns are image, split, label and, if known, mask and type.
+Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row.
+    """A row of a CSV file.
 
     Attributes:
-        table: the CSV file.
-        number: the row's number, the header being row 1.
-        cells: column to text; a column that the file lacks reads as "".
+        table: path of the CSV file.
+        number: number of the row; the header is row 1.
+        cells: text of each cell, by column name. A column that the file lacks reads as
+            "".
     """
 
     table: Path
@@ -51,17 +52,17 @@ class Row:
         return self.cells.get(column, "")
 
     def error(self, column: str, expected: str) -> UserError:
-        """The error of a cell that holds something else than `expected`."""
+        """Returns the error for a cell that does not hold what is expected."""
         return UserError(
             f"Expected {expected} in {self.table}, row {self.number}, column "
             f"{column!r}, found {self[column]!r}. Correct that cell."
         )
 
     def choice(self, column: str, allowed: Collection[str]) -> str:
-        """The cell's text in lower case.
+        """Returns the cell's text in lower case.
 
         Raises:
-            UserError: it is not one of `allowed`.
+            UserError: the text is not one of `allowed`.
         """
         text = self[column].lower()
         if text not in allowed:
@@ -69,7 +70,7 @@ class Row:
         return text
 
     def file(self, column: str, folder: Path) -> Path:
-        """The file that the cell names, relative to `folder`.
+        """Returns the path of the file that the cell names, relative to `folder`.
 
         Raises:
             UserError: there is no such file.
@@ -81,12 +82,16 @@ class Row:
 
 
 def read_rows(table: Path, columns: Collection[str]) -> list[Row]:
-    """The rows of the CSV file `table` (UTF-8, with or without byte-order mark).
+    """Reads the rows of a CSV file (UTF-8, with or without byte-order mark).
+
+    Args:
+        table: path of the CSV file.
+        columns: names of the columns in which every row needs a value.
 
     Raises:
-        UserError: there is no such file; it is not UTF-8 or not CSV; it lacks one of
-            `columns` or any row; a row has an empty cell there, or more cells than the
-            header.
+        UserError: the file does not exist, is not UTF-8, is not CSV, lacks one of
+            `columns` or has no rows; or a row has an empty cell in `columns`, or more
+            cells than the header.
     """
     lines = _read_lines(table)
     header = [cell.strip().lower() for cell in lines[0][1]] if lines else []
@@ -106,7 +111,7 @@ def read_rows(table: Path, columns: Collection[str]) -> list[Row]:
 
 
 def _read_lines(table: Path) -> list[tuple[int, list[str]]]:
-    """The (number, cells) of each row that is not blank."""
+    """Reads the (number, cells) of each row that is not blank."""
     lines = []
     number = 1
     try:
@@ -149,10 +154,10 @@ def _read_row(
 
 
 def to_record(row: Row, folder: Path) -> Record:
-    """The record that a row describes; its files are relative to `folder`.
+    """Returns the record that a row describes; its files are relative to `folder`.
 
     Raises:
-        UserError: a split, label, type or file that cannot be.
+        UserError: a split, label or type is invalid, or a file does not exist.
     """
     split = row.choice("split", SPLITS)
     label = LABELS[row.choice("label", LABELS)]

@@ -1,12 +1,13 @@
-"""A user's own images in a folder.
+"""The layout of a user's own images in a folder.
 
     train/<normal>/*, or train/*                   normal images
-    validation/<normal>/*, or validation/*         normal images, if any
-    test/<type>/*                                  if any
-    ground_truth/<type>/<stem>[_mask].<ending>     masks, as far as they are known
+    validation/<normal>/*, or validation/*         normal images (optional)
+    test/<type>/*                                  test images (optional)
+    ground_truth/<type>/<stem>[_mask].<ending>     masks, if they are known
 
-`val/` serves as `validation/`. A test type is normal if its folder is called good, ok
-or normal, or as the one folder in train/ that holds all training images.
+`val/` is accepted instead of `validation/`. A test type is normal if its folder is
+named good, ok or normal, or has the name of the one folder in train/ that holds all
+training images.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ulsad_jax.data.folders import add_masks, list_folders, list_images, list_split
+from ulsad_jax.data.layouts.base import Layout
 from ulsad_jax.data.records import GOOD, TEST, TRAIN, VALIDATION, Record
 from ulsad_jax.data.unused import GROUND_TRUTH, Places
 from ulsad_jax.runtime.errors import UserError
@@ -22,17 +24,18 @@ NORMAL_NAMES = (GOOD, "ok", "normal")
 
 
 def categories(root: Path) -> list[str]:
-    """The one category: the folder's name."""
+    """Returns the only category, named after the folder."""
     return [root.resolve().name]
 
 
 def records(root: Path, category: str) -> list[Record]:
-    """One record an image.
+    """Returns one record per image.
 
     Raises:
-        UserError: test images outside a type's folder; folders that may hold defects
-            in train/; two folders of validation images; several files could be the
-            mask of one image, or one that of several.
+        UserError: a test image is not in a folder of its type; train/ has folders that
+            may hold defects; there are two folders of validation images; several files
+            could be the mask of one image, or one file could be the mask of several
+            images.
     """
     if stray := list_images(root / TEST):
         raise UserError(
@@ -53,7 +56,7 @@ def records(root: Path, category: str) -> list[Record]:
 
 
 def places(root: Path, category: str) -> Places:
-    """Returns where files of the folder are looked for."""
+    """Returns the places where files of the folder are searched."""
     return Places(
         root,
         [root],
@@ -64,7 +67,11 @@ def places(root: Path, category: str) -> Places:
 
 
 def _find_validation(root: Path) -> Path:
-    """Returns the folder of validation images, which need not exist."""
+    """Returns the folder of validation images, which may not exist.
+
+    Raises:
+        UserError: there are two such folders.
+    """
     folder, short = root / VALIDATION, root / "val"
     if not short.is_dir():
         return folder
@@ -77,11 +84,12 @@ def _find_validation(root: Path) -> Path:
 
 
 def _find_normal_types(root: Path) -> set[str]:
-    """Returns what folders of normal images in test/ are called, in lower case.
+    """Returns the names of folders of normal images in test/, in lower case.
 
     Raises:
-        UserError: train/ has another folder beside good, ok or normal; or several, of
-            which test/ has one, too, so that nothing tells whether it holds defects.
+        UserError: train/ has another folder besides good, ok or normal; or train/ has
+            several other folders, one of which is also in test/, so that it is unclear
+            which types are normal.
     """
     train = root / TRAIN
     folders = [f.name for f in list_folders(train) if list_images(f)]
@@ -104,3 +112,6 @@ def _find_normal_types(root: Path) -> set[str]:
             f"normal images in {TEST}/ {GOOD}."
         )
     return {*NORMAL_NAMES}
+
+
+LAYOUTS = {"folder": Layout("A folder of images", categories, records, (), places)}

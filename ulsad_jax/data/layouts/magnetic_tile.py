@@ -1,12 +1,12 @@
-"""Magnetic Tile Defects (Huang et al., The Visual Computer 2020).
+"""The layout of Magnetic Tile Defects (Huang et al., The Visual Computer 2020).
 
     MT_Free/Imgs/exp<k>_num_<n>.jpg               normal
     MT_<Defect>/Imgs/exp<k>_num_<n>.{jpg,png}     image and mask
 
-Sorted by n, a run of normal images with rising k is one tile under several
-exposures. 80 % of the normal images, in whole tiles, are trained on; the others and
-all defects are the test set, as in DifferNet and PatchCore. The published data set has
-no split: this one is fixed by `SEED`.
+In the order of n, a run of normal images with increasing k shows one tile at several
+exposures. 80 % of the normal images, in whole tiles, are used for training. The others
+and all defects are the test set, as in DifferNet and PatchCore. The published data set
+has no split; this one is fixed by `SEED`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 from ulsad_jax.data.folders import list_folders, list_images
+from ulsad_jax.data.layouts.base import Layout
 from ulsad_jax.data.records import GOOD, TEST, TRAIN, Mask, Record, hold_out
 from ulsad_jax.data.unused import Places
 from ulsad_jax.runtime.errors import UserError
@@ -25,8 +26,8 @@ TEST_FRACTION = 0.2
 SEED = 0
 MASK_ABOVE = 127  # masks are smoothed
 
-# Runs, by their first n, that show the same tile: two tiles were photographed in
-# turn, or one twice. Names cannot tell; the images do.
+# Runs that show the same tile, given by their first n: two tiles were photographed
+# alternately, or one tile twice. This is visible in the images, not in their names.
 SAME_TILE = (
     (743, 855, 913, 964),
     (5874, 5907),
@@ -42,16 +43,16 @@ _FIRST_RUN = {n: runs[0] for runs in SAME_TILE for n in runs}
 
 
 def categories(root: Path) -> list[str]:
-    """The one category, if `root` holds any MT_<type> folder."""
+    """Returns the only category if `root` holds any MT_<type> folder, else []."""
     return list(CATEGORIES) if _type_folders(root) else []
 
 
 def records(root: Path, category: str) -> list[Record]:
-    """One record an image.
+    """Returns one record per image.
 
     Raises:
-        UserError: a normal image's name does not say its exposure and number; fewer
-            than two normal tiles.
+        UserError: the name of a normal image does not give its exposure and number, or
+            there are fewer than two normal tiles.
     """
     normal: list[Record] = []
     defects: list[Record] = []
@@ -68,7 +69,7 @@ def records(root: Path, category: str) -> list[Record]:
 
 
 def places(root: Path, category: str) -> Places:
-    """Returns where files of the data set are looked for."""
+    """Returns the places where files of the data set are searched."""
     folders = _type_folders(root)
     normal = _photographs(folders[GOOD]) if GOOD in folders else []
     return Places(
@@ -84,7 +85,7 @@ def _photographs(folder: Path) -> list[Path]:
 
 
 def _type_folders(root: Path) -> dict[str, Path]:
-    """The folder of each type: `MT_Blowhole/Imgs` for "blowhole"."""
+    """Returns the folder of each type, such as `MT_Blowhole/Imgs` for "blowhole"."""
     folders = {}
     for folder in list_folders(root):
         prefix, _, kind = folder.name.lower().partition("_")
@@ -99,7 +100,7 @@ def _mask_beside(image: Path) -> tuple[Mask, ...]:
 
 
 def _group_by_tile(images: list[Path]) -> list[Record]:
-    """Training records, grouped by tile."""
+    """Returns training records that are grouped by tile."""
     found = []
     tile, previous = 0, None
     for number, exposure, image in sorted((*_parse(p), p) for p in images):
@@ -111,7 +112,11 @@ def _group_by_tile(images: list[Path]) -> list[Record]:
 
 
 def _parse(image: Path) -> tuple[int, int]:
-    """The (n, k) of exp<k>_num_<n>."""
+    """Returns the (n, k) of a name exp<k>_num_<n>.
+
+    Raises:
+        UserError: the name has another form.
+    """
     match = re.fullmatch(r"exp(\d+)_num_(\d+)", image.stem)
     if match is None:
         raise UserError(
@@ -119,3 +124,10 @@ def _parse(image: Path) -> tuple[int, int]:
             f"tile, found {image}. Restore its name, or remove it."
         )
     return int(match[2]), int(match[1])
+
+
+LAYOUTS = {
+    "magnetic_tile": Layout(
+        "Magnetic Tile Defects", categories, records, CATEGORIES, places
+    )
+}

@@ -1,8 +1,10 @@
-"""MVTec AD, and MPDD, which has the same layout.
+"""The layout of MVTec AD and MPDD.
 
-<category>/train/good/NNN.png
-<category>/test/{good,<defect>}/NNN.png
-<category>/ground_truth/<defect>/NNN_mask.png
+    <category>/train/good/NNN.png
+    <category>/test/{good,<defect>}/NNN.png
+    <category>/ground_truth/<defect>/NNN_mask.png
+
+MPDD has the same folders as MVTec AD.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ulsad_jax.data.folders import add_masks, list_categories, list_records
+from ulsad_jax.data.layouts.base import Layout
 from ulsad_jax.data.records import Record
 from ulsad_jax.data.unused import GROUND_TRUTH, Places
 
@@ -41,12 +44,12 @@ MPDD_CATEGORIES = (
 
 
 def categories(root: Path) -> list[str]:
-    """The categories found under `root`."""
+    """Returns the categories found in `root`."""
     return list_categories(root)
 
 
 def records(root: Path, category: str) -> list[Record]:
-    """One record an image of `category`.
+    """Returns one record per image of `category`.
 
     Raises:
         UserError: several files could be the mask of one image.
@@ -56,7 +59,7 @@ def records(root: Path, category: str) -> list[Record]:
 
 
 def places(root: Path, category: str) -> Places:
-    """Returns where files of `category` are looked for."""
+    """Returns the places where files of `category` are searched."""
     folder = root / category
     return Places(
         folder,
@@ -65,3 +68,9 @@ def places(root: Path, category: str) -> Places:
         "masks from ground_truth/<type>/",
         masks=f"{GROUND_TRUTH}/{{type}}/{{stem}}_mask",
     )
+
+
+LAYOUTS = {
+    "mvtec_ad": Layout("MVTec AD", categories, records, CATEGORIES, places),
+    "mpdd": Layout("MPDD", categories, records, MPDD_CATEGORIES, places),
+}

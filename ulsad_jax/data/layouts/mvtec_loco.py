@@ -1,12 +1,12 @@
-"""MVTec LOCO AD.
+"""The layout of MVTec LOCO AD.
 
     <category>/{train,validation}/good/NNN.png
     <category>/test/{good,logical_anomalies,structural_anomalies}/NNN.png
-    <category>/ground_truth/<type>/NNN/000.png ...    one file a channel
-    <category>/defects_config.json                    how much of each to find
+    <category>/ground_truth/<type>/NNN/000.png ...    one file per channel
+    <category>/defects_config.json                    saturation thresholds
 
-Ids restart in each type's folder. A channel's one non-zero pixel value says which
-entry of `defects_config.json` belongs to it.
+Image numbers restart in each type's folder. The only non-zero pixel value of a channel
+selects its entry of `defects_config.json`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ulsad_jax.data.folders import (
     list_images,
     list_records,
 )
+from ulsad_jax.data.layouts.base import Layout
 from ulsad_jax.data.records import ANOMALOUS, Mask, Record, Saturation
 from ulsad_jax.data.unused import GROUND_TRUTH, Places
 from ulsad_jax.runtime.errors import UserError
@@ -42,16 +43,16 @@ FIELDS = {
 
 
 def categories(root: Path) -> list[str]:
-    """The categories found under `root`."""
+    """Returns the categories found in `root`."""
     return list_categories(root)
 
 
 def records(root: Path, category: str) -> list[Record]:
-    """One record an image of `category`.
+    """Returns one record per image of `category`.
 
     Raises:
-        UserError: `defects_config.json` is missing or malformed; several images
-            could have one mask.
+        UserError: `defects_config.json` is missing or malformed, or several images
+            could have the same mask.
     """
     folder = root / category
     saturations = _read_saturations(folder / "defects_config.json")
@@ -66,7 +67,7 @@ def records(root: Path, category: str) -> list[Record]:
 
 
 def places(root: Path, category: str) -> Places:
-    """Returns where files of `category` are looked for."""
+    """Returns the places where files of `category` are searched."""
     folder = root / category
     return Places(
         folder,
@@ -78,7 +79,7 @@ def places(root: Path, category: str) -> Places:
 
 
 def _read_saturations(path: Path) -> dict[int, Saturation]:
-    """The saturation rule of each pixel value."""
+    """Reads the saturation rule of each pixel value."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -96,13 +97,13 @@ def _read_saturations(path: Path) -> dict[int, Saturation]:
 
 
 def _read_entry(entry: object, path: Path, number: int) -> tuple[int, Saturation]:
-    """One entry's pixel value and rule."""
+    """Returns the pixel value and the saturation rule of one entry."""
     if not isinstance(entry, Mapping):
         raise _config_error(path, f"{entry!r:.80} as entry {number}")
     for key, kinds in FIELDS.items():
         if key not in entry:
             raise _config_error(path, f"no {key!r} in entry {number}")
-        # Not isinstance(), to which a bool is an int.
+        # Not isinstance(), which accepts a bool as an int.
         if type(entry[key]) not in kinds:
             raise _config_error(path, f"{key} = {entry[key]!r:.80} in entry {number}")
     name, value, threshold, relative = (entry[key] for key in FIELDS)
@@ -123,3 +124,14 @@ def _config_error(path: Path, found: str) -> UserError:
         f"relative_saturation (true or false), found {found}. Restore the file from "
         "the data set's archive, or use the config of the data set that lies there."
     )
+
+
+LAYOUTS = {
+    "mvtec_loco": Layout(
+        "MVTec LOCO AD", categories, records, CATEGORIES, places, has_saturation=True
+    ),
+    # Categories that `ulsad_jax.data.synthetic` draws.
+    "synthetic": Layout(
+        "Drawn categories", categories, records, (), places, has_saturation=True
+    ),
+}

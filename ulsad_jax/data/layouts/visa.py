@@ -1,17 +1,19 @@
-"""VisA.
+"""The layout of VisA.
 
     split_csv/1cls.csv                          object,split,label,image,mask
     <category>/Data/Images/{Normal,Anomaly}/NNN.JPG
-    <category>/Data/Masks/Anomaly/NNN.png       class ids: any non-zero is a defect
+    <category>/Data/Masks/Anomaly/NNN.png       class ids; non-zero is a defect
 
-The CSV file says what is trained on; its paths are relative to the root.
+The CSV file gives the split. Its paths are relative to the root.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from ulsad_jax.data.layouts import csv_rows
+from ulsad_jax.data.layouts.base import Layout
 from ulsad_jax.data.records import Record
 from ulsad_jax.data.unused import Places
 
@@ -33,7 +35,7 @@ CATEGORIES = (
 
 
 def categories(root: Path) -> list[str]:
-    """The categories that the CSV file lists.
+    """Returns the categories that the CSV file lists.
 
     Raises:
         UserError: the CSV file is missing or malformed.
@@ -42,20 +44,32 @@ def categories(root: Path) -> list[str]:
 
 
 def records(root: Path, category: str) -> list[Record]:
-    """One record an image of `category`.
+    """Returns one record per image of `category`.
 
     Raises:
-        UserError: the CSV file is missing or malformed, or a file it lists is missing.
+        UserError: the CSV file is missing or malformed, or a file that it lists is
+            missing.
     """
     rows = (row for row in _rows(root) if row["object"] == category)
     return [csv_rows.to_record(row, root) for row in rows]
 
 
 def places(root: Path, category: str) -> Places:
-    """Returns where files of `category` are looked for."""
+    """Returns the places where files of `category` are searched."""
     folder = root / category / "Data"
     return Places(root, [folder], f"{TABLE} does not list such files")
 
 
 def _rows(root: Path) -> list[csv_rows.Row]:
-    return csv_rows.read_rows(root / TABLE, ("object", *csv_rows.COLUMNS))
+    table = root / TABLE
+    status = table.stat() if table.is_file() else None
+    return _read(table, status and (status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=1)  # all categories read the same rows
+def _read(table: Path, version: tuple[int, int] | None) -> list[csv_rows.Row]:
+    del version  # part of the cache key: a changed file is read again
+    return csv_rows.read_rows(table, ("object", *csv_rows.COLUMNS))
+
+
+LAYOUTS = {"visa": Layout("VisA", categories, records, CATEGORIES, places)}

@@ -1,1 +1,1 @@
-"""Drawn data sets of logical and structural defects."""
+"""Synthetic data sets of logical and structural defects."""

@@ -28,7 +28,7 @@ _COUNTS = {
 
 
 def main(argv: list[str]) -> None:
-    """Draws, and prints the category's folder."""
+    """Draws a category and prints its folder."""
     command_line.begin(argv)
     with reported():
         sides = _IMAGE_SIZE.value

@@ -1,7 +1,8 @@
-"""What can be wrong with a scene, and where: rules broken and parts damaged.
+"""Anomalies of a scene: broken rules and damage.
 
-`LOGICAL` holds the ways to break a rule of the design, `STRUCTURAL` the ways to damage
-a tray that obeys them all. Each takes a sound scene, its twin, and spoils one thing.
+`LOGICAL` holds functions that break a rule of the design. `STRUCTURAL` holds functions
+that damage a tray without breaking a rule. Each takes a normal scene, the twin of its
+result, and changes one thing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from scipy import ndimage
 
 from ulsad_jax.data.synthetic.design import ROWS, Design, Kind, pick
 from ulsad_jax.data.synthetic.drawing import Mark
+from ulsad_jax.data.synthetic.parts import Damage, Part, View
 from ulsad_jax.data.synthetic.scenes import (
     Scene,
     contents,
@@ -25,23 +27,20 @@ from ulsad_jax.data.synthetic.scenes import (
     one,
     put,
     set_fuse,
-    view,
 )
-from ulsad_jax.data.synthetic.shapes import SHAPES, Damage, Part, View, coverage
+from ulsad_jax.data.synthetic.shapes import SHAPES, coverage
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float32
-
-VISIBLE = 8 / 255  # a difference of display values that shows through the noise
+    pass
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Where a logical anomaly is.
+    """The region of a logical anomaly.
 
     Attributes:
-        defect: its name, as in `saturations`.
-        parts: the area they cover, or would.
+        defect: name of the defect, a key of `saturations`.
+        parts: parts that cover the region, or would cover it if they were there.
     """
 
     defect: str
@@ -54,7 +53,7 @@ Spoiled = tuple[Scene, list[Region]]
 
 
 def _replace(scene: Scene, old: Part, *new: Part) -> Scene:
-    """Puts `new` where `old` was in the pile."""
+    """Returns the scene with `old` replaced by `new`, at the same place in the pile."""
     i = scene.parts.index(old)
     parts = (*scene.parts[:i], *new, *scene.parts[i + 1 :])
     return dataclasses.replace(scene, parts=parts)
@@ -189,7 +188,7 @@ def _marked(
     length: float,
     width: float,
 ) -> Scene:
-    """Marks the tray where no part hides it."""
+    """Returns the scene with a mark on the tray where no part hides it."""
     x, y = _free_spot(design, scene, rng, 0.5 * length)
     mark = Mark(
         kind,
@@ -206,7 +205,7 @@ def _marked(
 def _free_spot(
     design: Design, scene: Scene, rng: np.random.Generator, clearance: float
 ) -> tuple[float, float]:
-    """A point of the tray about `clearance` away from every part."""
+    """Returns a point of the tray about `clearance` units away from every part."""
     view = View(round(96 * design.tall), round(96 * design.wide))
     taken = np.zeros((view.height, view.width), bool)
     for part in scene.parts:
@@ -264,14 +263,14 @@ def _bent_part(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def _victim(scene: Scene, rng: np.random.Generator, shapes: Sequence[str]) -> Part:
-    """A part of one of these shapes; each kind of part is as likely."""
+    """Returns a random part of one of the shapes; each type is equally likely."""
     kinds = sorted({p.type for p in scene.parts if p.shape in shapes})
     kind = pick(rng, kinds)
     return pick(rng, [p for p in scene.parts if p.type == kind])
 
 
 def _fibre(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
-    """A thread that fell on the tray."""
+    """Returns the scene with a thread on the tray."""
     t = np.linspace(0, 1, 24)
     turn = rng.uniform(0, 2 * math.pi) + rng.uniform(-3, 3) * t
     turn += rng.uniform(0.5, 1.5) * np.sin(rng.uniform(3, 9) * t + rng.uniform(0, 6))
@@ -307,65 +306,22 @@ STRUCTURAL: dict[str, Callable[[Design, Scene, np.random.Generator], Scene]] = {
 }
 
 
-def logical_mask(
-    scene: Scene, region: Region, size: tuple[int, int]
-) -> Bool[np.ndarray, "h w"]:
-    """The pixels of a region of the (anomalous) scene."""
-    seen = view(scene, size)
-    mask = np.zeros(size, bool)
-    for part in region.parts:
-        mask |= coverage(seen, part)
-    return mask
-
-
-def structural_mask(
-    damaged: Scene,
-    photo: Float32[np.ndarray, "h w 3"],
-    twin: Float32[np.ndarray, "h w 3"],
-) -> Bool[np.ndarray, "h w"]:
-    """The pixels where a damaged scene visibly differs from its sound twin.
-
-    Gaps where they happen to look alike are filled: small ones, holes, and the foot
-    of a dent, whose slopes away from the lamp and towards it differ but not its
-    bottom.
-
-    Args:
-        damaged: the damaged scene.
-        photo: its photograph without noise.
-        twin: the sound twin's.
-    """
-    size = photo.shape[:2]
-    differs = np.abs(np.clip(photo, 0, 1) - np.clip(twin, 0, 1)).max(-1) > VISIBLE
-    for mark in damaged.marks:
-        if mark.kind == "dent":
-            differs |= _foot(mark, damaged, size)
-    closed = ndimage.binary_closing(np.pad(differs, 2), np.ones((3, 3)))
-    return ndimage.binary_fill_holes(closed)[2:-2, 2:-2]
-
-
-def _foot(mark: Mark, scene: Scene, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Where a dent is deep and no part hides it."""
-    seen = view(scene, size)
-    foot = np.zeros(size, bool)
-    window, u, v = seen.window(
-        mark.x, mark.y, mark.angle, mark.length / 2, mark.width / 2
-    )
-    foot[window] = np.hypot(2 * u / mark.length, 2 * v / mark.width) < 0.75
-    for part in scene.parts:
-        foot &= ~coverage(seen, part)
-    return foot
-
-
 # Names and thresholds -------------------------------------------------------
 
 
 def saturations(design: Design, size: tuple[int, int]) -> dict[str, tuple[float, bool]]:
-    """Every defect's name, which starts with its kind, and its saturation threshold.
+    """Returns the saturation threshold of every defect, by the defect's name.
+
+    A defect's name starts with the kind of the anomaly.
+
+    Args:
+        design: design of the category.
+        size: (height, width) of the images in pixels.
 
     Returns:
-        (threshold, relative) by name. Where the place is ambiguous, finding the area of
-        one object is enough, so the threshold is in pixels of a picture of `size`; else
-        it is the share of the region that must be found.
+        (threshold, relative) by name. If the place of the defect is ambiguous, it is
+        enough to find the area of one object, and the threshold is in pixels. Otherwise
+        it is the fraction of the region that must be found.
     """
     bins = [kind for kind, _ in design.bins.values()]
     area = {kind.type: _area(_nominal(kind), size) for kind in (*bins, design.fuses[0])}
@@ -407,5 +363,8 @@ def _nominal(kind: Kind) -> Part:
 
 
 def _area(part: Part, size: tuple[int, int]) -> float:
-    """Pixels that a small specimen seen from a little further away covers."""
+    """Returns the area of a part in pixels, times 0.85.
+
+    The factor allows for a small part that is seen from a little further away.
+    """
     return 0.85 * float(coverage(View(*size), part).sum())

@@ -1,8 +1,8 @@
 """Writes synthetic categories with logical rules in MVTec LOCO AD's layout.
 
-Each category is a tray of parts with its own layout, materials and rules, drawn from
-a seed; its images vary in position, rotation, colour, light and noise. Anomalous
-images break a rule or show a damaged part, with exact masks.
+Each category is a tray of parts with its own layout, materials and rules, drawn from a
+seed. Its images vary in position, rotation, colour, light and noise. Anomalous images
+break a rule or show damage, with exact masks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,9 @@ import numpy as np
 from PIL import Image
 
 from ulsad_jax.data.records import GOOD, TEST, TRAIN, VALIDATION
-from ulsad_jax.data.synthetic.anomalies import (
-    LOGICAL,
-    STRUCTURAL,
-    logical_mask,
-    saturations,
-    structural_mask,
-)
+from ulsad_jax.data.synthetic.anomalies import LOGICAL, STRUCTURAL, saturations
 from ulsad_jax.data.synthetic.design import Design, draw_design
+from ulsad_jax.data.synthetic.masks import logical_mask, structural_mask
 from ulsad_jax.data.synthetic.scenes import (
     Scene,
     draw_scene,
@@ -39,10 +34,10 @@ from ulsad_jax.runtime.progress import progress
 if TYPE_CHECKING:
     from jaxtyping import Bool, UInt8
 
-GENERATOR_VERSION = 2  # to be raised with every change of what is drawn
+GENERATOR_VERSION = 2  # increase it whenever the drawn images change
 PARAMETERS = "generator.json"
 _LOGICAL, _STRUCTURAL = "logical_anomalies", "structural_anomalies"
-_SMALLEST = 64  # below, parts are too few pixels to tell them apart
+_SMALLEST = 64  # in smaller images, parts are indistinguishable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +45,10 @@ class Sample:
     """One image of a category before it is written.
 
     Attributes:
-        image: the picture.
-        scene: what it shows.
-        twin: the same scene before anything was spoiled; for a normal image, itself.
-        masks: (defect name, pixels), one a ground-truth channel.
+        image: RGB image, uint8 [h, w, 3].
+        scene: scene that the image shows.
+        twin: the same scene before the anomaly was added; for a normal image, `scene`.
+        masks: (defect name, mask) of each ground-truth channel; masks are bool [h, w].
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -65,17 +60,17 @@ class Sample:
 def draw_sample(
     design: Design, size: tuple[int, int], *, seed: int, split: str, type: str, i: int
 ) -> Sample:
-    """Draws image number `i` of a folder, whatever else is drawn.
+    """Draws image number `i` of a folder, independently of other images.
 
-    The kinds of anomalies take turns: `i` modulo their number.
+    The kinds of anomalies alternate: image `i` shows kind `i` modulo their number.
 
     Args:
-        design: the category, drawn from `seed`.
-        size: (height, width) in pixels.
-        seed: the category's seed.
+        design: design of the category, drawn from `seed`.
+        size: (height, width) of the image in pixels.
+        seed: seed of the category.
         split: "train", "validation" or "test".
         type: "good", "logical_anomalies" or "structural_anomalies".
-        i: the image's number in its folder.
+        i: number of the image in its folder.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{type}/{i}".encode())])
     twin = draw_scene(design, rng)
@@ -100,7 +95,7 @@ def _damaged(
     kind, damage = list(STRUCTURAL.items())[i % len(STRUCTURAL)]
     sound = photograph(design, twin, size)
     enough = max(4, 2e-4 * size[0] * size[1])
-    while True:  # other parts may hide the damage; then another one is tried
+    while True:  # if other parts hide the damage, another one is tried
         scene = damage(design, twin, rng)
         photo = photograph(design, scene, size)
         mask = structural_mask(scene, photo, sound)
@@ -119,26 +114,26 @@ def write_category(
     good: int = 60,
     per_kind: int = 6,
 ) -> Path:
-    """Renders a category, unless the same one is there already.
+    """Writes a category, unless the same one already exists.
 
-    An image depends on `seed`, `image_size` and its own number only, so asking for
-    more images keeps those that fewer would give.
+    An image depends only on `seed`, `image_size`, its folder and its number, so a
+    larger number of images keeps the images of a smaller number.
 
     Args:
-        root: the folder of categories; made if it is missing.
-        category: the category's name, which becomes its folder's.
-        seed: draws the tray's design, its rules and the images.
-        image_size: of the images in pixels: a square's side, or (height, width).
+        root: parent folder of the categories; created if it is missing.
+        category: name of the category and of its folder.
+        seed: seed of the tray's design, its rules and the images.
+        image_size: size of the images in pixels: side of a square, or (height, width).
         train: number of normal training images.
         validation: number of normal validation images.
         good: number of normal test images.
         per_kind: number of test images of each kind of anomaly.
 
     Returns:
-        The category's folder.
+        Path of the category's folder.
 
     Raises:
-        UserError: the folder holds something else; a parameter makes no sense.
+        UserError: the folder holds something else, or a parameter is invalid.
     """
     size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
     counts = {"train": train, "validation": validation, "good": good}
@@ -190,7 +185,7 @@ def _check(
 
 
 def _check_same(target: Path, parameters: dict) -> None:
-    """Raises unless `target` was written with these parameters."""
+    """Raises an error unless `target` was written with `parameters`."""
     try:
         found = json.loads((target / PARAMETERS).read_text())
     except (OSError, ValueError):
@@ -206,7 +201,7 @@ def _check_same(target: Path, parameters: dict) -> None:
 def _write(
     folder: Path, seed: int, size: tuple[int, int], counts: dict[str, int]
 ) -> None:
-    """Writes everything but the parameters' file."""
+    """Writes all files of a category except the file of its parameters."""
     design = draw_design(seed, size=size)
     rules = saturations(design, size)
     values = {name: 255 - n for n, name in enumerate(rules)}

@@ -1,4 +1,4 @@
-"""The design of a synthetic category: a tray, and which parts belong where in it."""
+"""The design of a synthetic category: a tray, and the parts in its compartments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ulsad_jax.data.synthetic.shapes import Colour
+from ulsad_jax.data.synthetic.parts import Colour
 
 _T = TypeVar("_T")
 
@@ -54,7 +54,15 @@ _FLOORS = (
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A compartment: its name, centre, and half its width and height."""
+    """A compartment of the tray.
+
+    Attributes:
+        name: name of the compartment.
+        x: horizontal position of the centre, in units.
+        y: vertical position of the centre, in units.
+        half_u: half of the width, in units.
+        half_v: half of the height, in units.
+    """
 
     name: str
     x: float
@@ -64,11 +72,11 @@ class Cell:
 
     @property
     def axis(self) -> float:
-        """The angle of its longer side."""
+        """Angle of the longer side, in radians."""
         return 0.0 if self.half_u >= self.half_v else math.pi / 2
 
     def at(self, u: float, v: float) -> tuple[float, float]:
-        """The world coordinates of a point along and across the longer side."""
+        """Returns the world coordinates of a point along and across the longer side."""
         if self.axis:
             return self.x - v, self.y + u
         return self.x + u, self.y + v
@@ -76,7 +84,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of part; see `Part`."""
+    """A kind of part; see `Part` for the attributes."""
 
     type: str
     shape: str
@@ -87,24 +95,24 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """A category: what all its trays have in common.
+    """The design of a category, common to all its trays.
 
     Attributes:
-        wide: the frame's width in units.
-        tall: its height; the smaller of both is 1.
-        surround: texture and colour of what the tray lies on.
+        wide: width of the frame in units.
+        tall: height of the frame in units; the smaller of both is 1.
+        surround: texture and colour of the surface under the tray.
         tray: texture and colour of the tray.
-        floor: texture and colour of its compartments.
-        depth: of the compartments in units; 0: printed fields.
-        azimuth: the lamp's usual direction.
-        cells: the compartments by name.
-        bins: what lies in the bins, and how many of each, by the cell's name.
-        fuses: one kind each, in the order that the rack holds them (either way).
-        module: the part with a direction.
-        module_angle: where its arrow points.
-        terminal: the block at each end of the harness.
-        label: the paper that shows the cable's colour.
-        cable: the cable; its colours are the ones to choose from.
+        floor: texture and colour of the compartments.
+        depth: depth of the compartments in units; 0 means printed fields.
+        azimuth: usual direction of the lamp in radians.
+        cells: compartments by name.
+        bins: (kind, count) of the parts in each bin, by the name of the cell.
+        fuses: kinds of the fuses, in the order of the rack (in either direction).
+        module: kind of the part that has a direction.
+        module_angle: direction of the module's arrow in radians.
+        terminal: kind of the block at each end of the harness.
+        label: kind of the paper that shows the cable's colour.
+        cable: kind of the cable, with all colours that it may have.
     """
 
     wide: float
@@ -125,7 +133,12 @@ class Design:
 
 
 def draw_design(seed: int, *, size: tuple[int, int] = (256, 256)) -> Design:
-    """Draws a category from `seed` for pictures of `size` (height, width)."""
+    """Draws the design of a category.
+
+    Args:
+        seed: seed of the category.
+        size: (height, width) of the images in pixels.
+    """
     rng = np.random.default_rng([seed, 1])
     tall, wide = (n / min(size) for n in size)
     cells = _layout(rng, wide, tall)
@@ -175,12 +188,12 @@ def draw_design(seed: int, *, size: tuple[int, int] = (256, 256)) -> Design:
 
 
 def pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
-    """One of the options, each as likely."""
+    """Returns a random option; each is equally likely."""
     return options[rng.integers(len(options))]
 
 
 def _bins(rng: np.random.Generator, big: float) -> dict[str, tuple[Kind, int]]:
-    """Two sizes of one kind, and two compact kinds."""
+    """Draws the parts of the bins: two sizes of one kind, and two compact kinds."""
     shape, width = pick(rng, (("screw", 0.066), ("pin", 0.046), ("link", 0.060)))
     metal = (pick(rng, _METALS),)
     plastics = list(_PLASTICS.values())
@@ -214,7 +227,10 @@ def _bins(rng: np.random.Generator, big: float) -> dict[str, tuple[Kind, int]]:
 
 
 def _layout(rng: np.random.Generator, wide: float, tall: float) -> dict[str, Cell]:
-    """Three strips in any order: harness; four bins; rack, module and label."""
+    """Draws the compartments in three strips, which may have any order.
+
+    The strips are the harness; four bins; and the rack, the module and the label.
+    """
     turned = bool(rng.integers(2)) if max(wide, tall) < 1.25 else tall > wide
     if turned:
         wide, tall = tall, wide

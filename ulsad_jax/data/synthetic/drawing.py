@@ -1,7 +1,7 @@
-"""A small rasteriser: lays parts, marks and sheets of material on a lit canvas.
+"""A small rasteriser that draws parts, marks and sheets of material with shading.
 
-A canvas is a float picture, changed in place, that a `View` describes. Colours are
-display values, about 0..1.
+A canvas is a float picture that is changed in place and that a `View` describes.
+Colours are display values, about 0..1.
 """
 
 from __future__ import annotations
@@ -14,15 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ulsad_jax.data.synthetic.shapes import (
-    Colour,
-    Part,
-    View,
-    box,
-    dome,
-    evaluate,
-    inside,
-)
+from ulsad_jax.data.synthetic.parts import Colour, Part, View
+from ulsad_jax.data.synthetic.shapes import box, dome, evaluate, inside
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -33,11 +26,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Light:
-    """A lamp: where its light comes from, in the picture's frame.
+    """A lamp, given by its direction in the picture's frame.
 
     Attributes:
-        azimuth: radians, 0 from the right, rising towards the picture's bottom.
-        elevation: radians above the table.
+        azimuth: angle in radians; 0 means light from the right, and the angle increases
+            towards the picture's bottom.
+        elevation: angle above the table in radians.
     """
 
     azimuth: float
@@ -50,28 +44,28 @@ class Light:
 
     @property
     def y(self) -> float:
-        """Vertical (downwards in the picture) component."""
+        """Vertical component of the unit vector, downwards in the picture."""
         return math.sin(self.azimuth) * math.cos(self.elevation)
 
     @property
     def z(self) -> float:
-        """Component towards the camera."""
+        """Component of the unit vector towards the camera."""
         return math.sin(self.elevation)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A structural defect of a surface: it changes shading, not geometry.
+    """A structural defect of a surface, which changes its shading but not its geometry.
 
     Attributes:
         kind: "scratch", "crack", "stain" or "dent".
-        x: centre.
-        y: centre.
-        angle: of its axis, radians.
-        length: along its axis.
-        width: across; for lines, the line's width.
-        seed: draws its outline.
-        part: index of the part it is on; None: the tray.
+        x: horizontal position of the centre, in units.
+        y: vertical position of the centre, in units.
+        angle: angle of the axis in radians.
+        length: length along the axis, in units.
+        width: width across the axis, in units; for lines, the width of the line.
+        seed: seed of the outline.
+        part: index of the part that has the mark; None means the tray.
     """
 
     kind: str
@@ -90,7 +84,7 @@ class Mark:
 def _relief(
     height: Field, px: float, light: Light, gloss: float
 ) -> tuple[Field, Field]:
-    """How a surface takes the light: a factor (flat = 1) and a highlight to add."""
+    """Returns the shading of a surface: a factor (1 if flat) and a highlight to add."""
     dy, dx = np.gradient(height, px)
     norm = 1 / np.sqrt(1 + dx * dx + dy * dy)
     facing = np.maximum((light.z - dx * light.x - dy * light.y) * norm, 0)
@@ -131,11 +125,12 @@ def paint_mark(
     """Changes the shading of `canvas` under a mark.
 
     Args:
-        canvas: changed in place.
-        view: describes it.
-        mark: the defect.
-        light: the lamp.
-        within: 1 where the surface lies that bears the mark, 0 elsewhere.
+        canvas: picture, float32 [h, w, 3], changed in place.
+        view: view that describes the canvas.
+        mark: mark to draw.
+        light: lamp.
+        within: float32 [h, w], 1 on the surface that has the mark, 0 elsewhere; None
+            means 1 everywhere.
     """
     half_v = max(mark.width, 0.3 * mark.length)
     window, u, v = view.window(mark.x, mark.y, mark.angle, 0.6 * mark.length, half_v)
@@ -216,16 +211,16 @@ def paint_sheet(
     radius: float,
     depth: float,
 ) -> None:
-    """Lays a rounded sheet of `texture` on the canvas, raised or sunk.
+    """Draws a rounded sheet of `texture` onto the canvas, raised or sunk.
 
     Args:
-        canvas: changed in place.
-        view: describes it.
-        light: the lamp.
-        texture: of the canvas's shape.
-        sheet: centre x, centre y, half width, half height.
-        radius: of its corners.
-        depth: height of its edge in units; negative for a pocket; 0 for a printed
+        canvas: picture, float32 [h, w, 3], changed in place.
+        view: view that describes the canvas.
+        light: lamp.
+        texture: picture of the material, with the shape of the canvas.
+        sheet: (centre x, centre y, half width, half height) in units.
+        radius: radius of the corners in units.
+        depth: height of the edge in units; negative for a pocket; 0 for a printed
             field, which gets an outline.
     """
     x, y, half_u, half_v = sheet
@@ -258,7 +253,14 @@ def paint_sheet(
 def noise(
     rng: np.random.Generator, shape: tuple[int, int], rows: float, columns: float
 ) -> Field:
-    """Smooth noise, mostly within -1..1, with so many grains down and across."""
+    """Draws smooth noise, mostly within -1..1.
+
+    Args:
+        rng: random generator.
+        shape: (height, width) in pixels.
+        rows: number of grains along the height.
+        columns: number of grains along the width.
+    """
     grid = (max(2, round(rows)), max(2, round(columns)))
     grains = Image.fromarray(rng.uniform(-1, 1, grid).astype(np.float32))
     return np.asarray(grains.resize(shape[::-1], Image.Resampling.BICUBIC))
@@ -267,13 +269,13 @@ def noise(
 def texture(
     kind: str, colour: Colour, shape: tuple[int, int], rng: np.random.Generator
 ) -> Picture:
-    """A sheet of a material, never twice the same.
+    """Draws a sheet of a material with random grain.
 
     Args:
-        kind: a key of `TEXTURES`.
-        colour: the material's mean colour.
+        kind: key of `TEXTURES`.
+        colour: mean colour of the material.
         shape: (height, width) in pixels.
-        rng: draws the grain.
+        rng: random generator of the grain.
     """
     tall, wide = (n / min(shape) for n in shape)
     relief = TEXTURES[kind](rng, shape, tall, wide)

@@ -1,7 +1,7 @@
 """Product scenes with rules: a tray of parts seen from above.
 
-`draw_scene` draws one tray that obeys the rules of a design, which `violations`
-states. `photograph` renders a scene at any size.
+`draw_scene` draws a tray that obeys the rules of a design. `violations` lists the rules
+that a scene breaks. `photograph` renders a scene at any size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 from ulsad_jax.data.synthetic import drawing as drawing
 from ulsad_jax.data.synthetic.design import ROWS, Cell, Design, Kind, pick
 from ulsad_jax.data.synthetic.drawing import Light, Mark
-from ulsad_jax.data.synthetic.shapes import Colour, Part, View, coverage
+from ulsad_jax.data.synthetic.parts import Colour, Part, View
+from ulsad_jax.data.synthetic.shapes import coverage
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, UInt8
@@ -27,17 +28,17 @@ _SUPERSAMPLE = 2
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One tray and how it is photographed.
+    """A tray, and how it is photographed.
 
     Attributes:
-        parts: what lies in the tray, from the bottom up.
+        parts: parts in the tray, from the bottom up.
         marks: structural defects of surfaces.
-        camera: (zoom, roll, shift right, shift down).
-        light: the lamp.
+        camera: (zoom, roll, shift right, shift down); see `View`.
+        light: lamp.
         exposure: gain of each colour channel.
         gradient: relative change of light from the centre to the right and bottom.
         grain: standard deviation of the sensor's noise.
-        seed: draws textures and noise.
+        seed: seed of the textures and the noise.
     """
 
     parts: tuple[Part, ...]
@@ -90,7 +91,7 @@ def _piece(
     angle: float,
     **fields,
 ) -> Part:
-    """A part of a kind, a little off its nominal size and colour."""
+    """Returns a part of a kind, slightly off its nominal size and colour."""
     size = rng.uniform(0.97, 1.03)
     return Part(
         **{
@@ -110,20 +111,23 @@ def _piece(
 
 
 def fill(rng: np.random.Generator, cell: Cell, kind: Kind, count: int) -> list[Part]:
-    """Puts `count` parts into the places that a compartment has for them."""
+    """Returns `count` parts in their places in a compartment."""
     return [put(rng, cell, kind, *place) for place in _places(cell, kind, count)]
 
 
 def put(
     rng: np.random.Generator, cell: Cell, kind: Kind, x: float, y: float, angle: float
 ) -> Part:
-    """A part in its place, which leaves it some play."""
+    """Returns a part near its place, with a small random shift and rotation."""
     x, y = x + rng.uniform(-0.011, 0.011), y + rng.uniform(-0.011, 0.011)
     return _piece(rng, kind, cell, x, y, angle + rng.uniform(-0.12, 0.12))
 
 
 def _places(cell: Cell, kind: Kind, count: int) -> list[tuple[float, float, float]]:
-    """(x, y, angle): side by side along the compartment or across, as fits better."""
+    """Returns the place (x, y, angle) of each of `count` parts side by side.
+
+    The parts lie along or across the compartment, whichever leaves more room.
+    """
     along, across = (2 * side(cell.half_u, cell.half_v) for side in (max, min))
     steps = (np.arange(count) + 0.5) / count - 0.5
     ways = [
@@ -138,7 +142,7 @@ def _places(cell: Cell, kind: Kind, count: int) -> list[tuple[float, float, floa
 def drop(
     rng: np.random.Generator, cell: Cell, kind: Kind, others: Sequence[Part]
 ) -> Part:
-    """Finds room for a part that has no place."""
+    """Returns a part without a fixed place at a random position that has room."""
     n = 160
     if kind.length > 1.6 * kind.width:
         angle = (
@@ -160,12 +164,12 @@ def drop(
         apart = np.linalg.norm(discs[:, :, None] - around, axis=-1).min((1, 2))
         gap = np.minimum(gap, apart - r - other.width / 2)
     room = 0.006
-    i = int(np.argmax(np.minimum(gap, room)))  # the first that has room, else the best
+    i = int(np.argmax(np.minimum(gap, room)))  # the first with room, else the best
     return _piece(rng, kind, cell, float(x[i]), float(y[i]), float(angle[i]))
 
 
 def _discs(x, y, angle, length: float, width: float) -> Float32[np.ndarray, "... k 2"]:
-    """Centres of discs of radius width / 2 that together cover a part."""
+    """Returns the centres of discs of radius width / 2 that together cover a part."""
     reach = max(0.0, (length - width) / 2)
     along = np.linspace(-reach, reach, 1 + math.ceil(2 * reach / width * 2))
     return np.stack(
@@ -178,7 +182,7 @@ def _discs(x, y, angle, length: float, width: float) -> Float32[np.ndarray, "...
 
 
 def _rack(design: Design, rng: np.random.Generator) -> list[Part]:
-    """The fuses in their order, which may run either way."""
+    """Returns the fuses in their order, from either end of the rack."""
     cell = design.cells["rack"]
     order = range(len(design.fuses))
     if rng.integers(2):
@@ -189,7 +193,7 @@ def _rack(design: Design, rng: np.random.Generator) -> list[Part]:
 def set_fuse(
     design: Design, rng: np.random.Generator, cell: Cell, slot: int, which: int
 ) -> Part:
-    """Fuse number `which` in a slot of the rack; `detail` keeps both numbers."""
+    """Returns fuse number `which` in a slot of the rack; `detail` is (slot, which)."""
     n = len(design.fuses)
     pitch = 2 * max(cell.half_u, cell.half_v) / n
     u = (slot + 0.5 - n / 2) * pitch + rng.uniform(-0.008, 0.008)
@@ -208,7 +212,7 @@ def _module(design: Design, rng: np.random.Generator) -> Part:
 
 
 def _harness(design: Design, rng: np.random.Generator) -> list[Part]:
-    """Two terminal blocks, the label, and the cable that they belong to."""
+    """Returns two terminal blocks, the label and the cable."""
     cell, place = design.cells["harness"], design.cells["label"]
     reach = max(cell.half_u, cell.half_v) - 0.6 * design.terminal.length
     row = int(rng.integers(ROWS))
@@ -244,7 +248,7 @@ def _harness(design: Design, rng: np.random.Generator) -> list[Part]:
 def lay_cable(
     design: Design, rng: np.random.Generator, rows: tuple[int, int], colour: Colour
 ) -> Part:
-    """A cable from a row of the left block to one of the right."""
+    """Returns a cable from a row of the left block to a row of the right block."""
     cell = design.cells["harness"]
     reach = max(cell.half_u, cell.half_v) - 0.72 * design.terminal.length
     pitch = design.terminal.width / ROWS
@@ -260,7 +264,10 @@ def lay_cable(
 
 
 def violations(design: Design, scene: Scene) -> list[str]:
-    """The rules of `design` that a scene breaks; structural defects break none."""
+    """Returns the rules of `design` that a scene breaks.
+
+    Structural defects break no rule.
+    """
     broken = []
     for name, (kind, count) in design.bins.items():
         found = collections.Counter(p.type for p in scene.parts if p.cell == name)
@@ -284,12 +291,12 @@ def violations(design: Design, scene: Scene) -> list[str]:
 
 
 def one(scene: Scene, kind: str) -> Part:
-    """The first part of a type."""
+    """Returns the first part of a type."""
     return next(p for p in scene.parts if p.type == kind)
 
 
 def contents(scene: Scene, cell: str) -> tuple[Part, ...]:
-    """The parts that lie in a compartment."""
+    """Returns the parts in a compartment."""
     return tuple(p for p in scene.parts if p.cell == cell)
 
 
@@ -297,7 +304,7 @@ def contents(scene: Scene, cell: str) -> tuple[Part, ...]:
 
 
 def view(scene: Scene, size: tuple[int, int]) -> View:
-    """How the scene's camera sees the world at `size` (height, width)."""
+    """Returns the view of the scene's camera at `size` (height, width)."""
     return View(*size, *scene.camera)
 
 
@@ -306,15 +313,15 @@ def photograph(
 ) -> Float32[np.ndarray, "h w 3"]:
     """Renders a scene without the sensor's noise, which `with_grain` adds.
 
-    Two scenes that differ in one thing differ in that thing's pixels only.
+    If two scenes differ in one thing, only the pixels of that thing differ.
 
     Args:
-        design: the category.
-        scene: one tray of it.
-        size: (height, width) in pixels, of the aspect that `design` was drawn for.
+        design: design of the category.
+        scene: scene to render.
+        size: (height, width) in pixels, with the aspect ratio of the design.
 
     Returns:
-        Display values, about 0..1.
+        Display values, about 0..1, float32 [h, w, 3].
     """
     coarse = view(scene, size)
     canvas = _ground(design, scene, coarse)
@@ -336,7 +343,7 @@ def photograph(
 
 
 def _ground(design: Design, scene: Scene, coarse: View) -> Float32[np.ndarray, "h w 3"]:
-    """The empty tray on what it lies on."""
+    """Renders the empty tray and the surface under it."""
     rng = np.random.default_rng([scene.seed, 0])
     shape = (coarse.height, coarse.width)
 
@@ -372,7 +379,7 @@ def _ground(design: Design, scene: Scene, coarse: View) -> Float32[np.ndarray, "
 def _expose(
     scene: Scene, light: Float32[np.ndarray, "h w 3"]
 ) -> Float32[np.ndarray, "h w 3"]:
-    """What reaches the sensor of an unevenly lit tray."""
+    """Returns the light that reaches the sensor from an unevenly lit tray."""
     h, w = light.shape[:2]
     y = np.linspace(-1, 1, h, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, w, dtype=np.float32)
@@ -383,7 +390,7 @@ def _expose(
 def with_grain(
     scene: Scene, picture: Float32[np.ndarray, "h w 3"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The file that the camera makes of a photograph: noisy, in 8 bits."""
+    """Adds the sensor's noise to a photograph and rounds it to 8 bits."""
     rng = np.random.default_rng([scene.seed, 1])
     grain = rng.standard_normal(picture.shape, np.float32)
     spread = scene.grain * np.sqrt(np.maximum(picture, 0) + 0.3)

@@ -1,9 +1,10 @@
-"""The parts of a rendered product scene: shapes by signed distance, and their view.
+"""Shapes of parts, given by signed distances, and their evaluation in a view.
 
-World coordinates have their origin in the picture's centre, x right, y down; the
-picture's shorter side is one unit long, so a scene looks alike at every resolution.
-A shape is drawn in its own frame: u along its axis, v across, distances negative
-inside. Heights are in world units, so shading does not depend on resolution either.
+World coordinates have their origin in the picture's centre, with x to the right and y
+downwards. The picture's shorter side is one unit long, so a scene looks the same at
+every resolution. A shape is drawn in its own frame, with u along its axis and v across
+it. Distances are negative inside. Heights are in world units, so shading does not
+depend on the resolution either.
 """
 
 from __future__ import annotations
@@ -16,154 +17,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ulsad_jax.data.synthetic.parts import STEEL, Colour, Damage, Part, Surface, View
+
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float32
+    from jaxtyping import Bool
 
-    Field = Float32[np.ndarray, "h w"]
-    Picture = Float32[np.ndarray, "h w 3"]
+    from ulsad_jax.data.synthetic.parts import Field, Picture
 
-Colour = tuple[float, float, float]
-
-_STEEL: Colour = (0.66, 0.67, 0.69)
 _DARK: Colour = (0.10, 0.10, 0.11)
 _PAPER: Colour = (0.90, 0.89, 0.86)
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
-    """From the world to the pixels of a picture.
-
-    Attributes:
-        height: of the picture, in pixels.
-        width: of the picture, in pixels.
-        zoom: 1 shows exactly one unit along the shorter side.
-        angle: the camera's roll in radians.
-        x: where the world's origin lies, in units right of the picture's centre.
-        y: the same, downwards.
-    """
-
-    height: int
-    width: int
-    zoom: float = 1.0
-    angle: float = 0.0
-    x: float = 0.0
-    y: float = 0.0
-
-    @property
-    def scale(self) -> float:
-        """Pixels per world unit."""
-        return min(self.height, self.width) * self.zoom
-
-    def finer(self, factor: int) -> View:
-        """The same view with `factor` times as many pixels a side."""
-        return dataclasses.replace(
-            self, height=self.height * factor, width=self.width * factor
-        )
-
-    def window(
-        self, x: float, y: float, angle: float, half_u: float, half_v: float
-    ) -> tuple[tuple[slice, slice], Field, Field]:
-        """The pixels around a posed box, and their coordinates in the box's frame.
-
-        Returns:
-            (rows, columns), u, v: u and v of the window's shape, possibly empty.
-        """
-        c, s = math.cos(self.angle), math.sin(self.angle)
-        short = min(self.height, self.width)
-        px = self.width / 2 + self.scale * (c * x - s * y) + short * self.x
-        py = self.height / 2 + self.scale * (s * x + c * y) + short * self.y
-        c, s = math.cos(self.angle + angle), math.sin(self.angle + angle)
-        rx = self.scale * (abs(c) * half_u + abs(s) * half_v)
-        ry = self.scale * (abs(s) * half_u + abs(c) * half_v)
-        rows = _range(py - ry, py + ry, self.height)
-        columns = _range(px - rx, px + rx, self.width)
-        dy = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5 - py
-        dx = np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5 - px
-        u = (c * dx + s * dy) / self.scale
-        v = (c * dy - s * dx) / self.scale
-        return (rows, columns), u.astype(np.float32), v.astype(np.float32)
-
-
-def _range(low: float, high: float, size: int) -> slice:
-    start = min(max(math.floor(low), 0), size)
-    return slice(start, max(start, min(math.ceil(high), size)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Damage:
-    """A change of a part's geometry, in the part's frame.
-
-    Attributes:
-        kind: "bend" (beyond `u` the axis curves away, `size` at the end) or "chip"
-            (a jagged bite of radius `size` around (u, v)).
-        u: see `kind`.
-        v: see `kind`; unused by a bend.
-        size: see `kind`; signed for a bend.
-        phase: turns the bite's jagged outline.
-    """
-
-    kind: str
-    u: float
-    v: float
-    size: float
-    phase: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Something that lies in the scene.
-
-    Attributes:
-        type: what it is, for the rules ("long_screw").
-        cell: the compartment it lies in.
-        shape: a key of `SHAPES`.
-        x: centre.
-        y: centre.
-        angle: of its axis, radians.
-        length: along its axis.
-        width: across.
-        colours: as the shape needs them.
-        tint: this piece's deviation from `colours`, a factor.
-        detail: what else the shape needs.
-        damage: a structural defect of its geometry.
-    """
-
-    type: str
-    cell: str
-    shape: str
-    x: float
-    y: float
-    angle: float
-    length: float
-    width: float
-    colours: tuple[Colour, ...] = (_STEEL,)
-    tint: Colour = (1.0, 1.0, 1.0)
-    detail: tuple[float, ...] = ()
-    damage: Damage | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Surface:
-    """A shape evaluated on a window: signed distance, height, colour and gloss."""
-
-    distance: Field
-    height: Field
-    colour: Picture
-    gloss: float
-
-
-# Signed distances -----------------------------------------------------------
-
-
 def box(u: Field, v: Field, half_u: float, half_v: float, radius: float) -> Field:
-    """Distance to a rectangle with rounded corners."""
+    """Returns the signed distance to a rectangle with rounded corners."""
     a, b = np.abs(u) - (half_u - radius), np.abs(v) - (half_v - radius)
     outside = np.hypot(np.maximum(a, 0), np.maximum(b, 0))
     return outside + np.minimum(np.maximum(a, b), 0) - radius
 
 
 def dome(distance: Field, width: float) -> Field:
-    """A quarter-round edge of `width`, flat further inside."""
+    """Returns the height of a quarter-round edge of `width`, flat further inside."""
     t = np.clip(1 + distance / width, 0, 1)
     return width * np.sqrt(1 - t * t)
 
@@ -182,7 +55,10 @@ def _flat(u: Field, colour: Colour) -> Picture:
 
 
 def inside(distance: Field, px: float) -> Field:
-    """Soft indicator of distance < 0; its edge is one pixel of `px` units wide."""
+    """Returns a soft indicator of distance < 0, in 0..1.
+
+    Its edge is one pixel wide. A pixel has `px` units.
+    """
     return np.clip(0.5 - distance / px, 0, 1)
 
 
@@ -273,7 +149,7 @@ def _fuse(u: Field, v: Field, part: Part, px: float) -> Surface:
     length, w = part.length, part.width
     body = box(u + 0.12 * length, v, 0.38 * length, w / 2, 0.13 * w)
     blade = box(u - 0.3 * length, np.abs(v) - 0.26 * w, 0.2 * length, 0.12 * w, 0.0)
-    colour = _mix(_flat(u, _STEEL), part.colours[0], inside(body, px))
+    colour = _mix(_flat(u, STEEL), part.colours[0], inside(body, px))
     window = box(u + 0.14 * length, v, 0.2 * length, 0.26 * w, 0.1 * w)
     colour = _mix(colour, (0.95, 0.95, 0.95), 0.3 * inside(window, px))
     bridge = np.abs(u + 0.14 * length - 0.5 * v) - 0.06 * w
@@ -288,7 +164,7 @@ def _module(u: Field, v: Field, part: Part, px: float) -> Surface:
     pitch = length / 5
     leg = np.abs(np.mod(u, pitch) - pitch / 2) - 0.22 * pitch
     legs = np.maximum(np.maximum(leg, np.abs(v) - w / 2), np.abs(u) - length / 2)
-    colour = _mix(_flat(u, _STEEL), part.colours[0], inside(body, px))
+    colour = _mix(_flat(u, STEEL), part.colours[0], inside(body, px))
     tip = np.maximum(u - 0.34 * length, 0.07 * length - u)
     arrow = np.maximum(tip, np.abs(v) - 0.85 * (0.34 * length - u))
     stem = box(u + 0.03 * length, v, 0.13 * length, 0.05 * w, 0.0)
@@ -300,7 +176,10 @@ def _module(u: Field, v: Field, part: Part, px: float) -> Surface:
 
 
 def _terminal(u: Field, v: Field, part: Part, px: float) -> Surface:
-    """A block of `detail[0]` clamps; u runs from the back to the cable's side."""
+    """Returns a block of `detail[0]` clamps.
+
+    Coordinate u runs from the back to the cable's side.
+    """
     length, w = part.length, part.width
     rows = int(part.detail[0])
     pitch = w / rows
@@ -313,14 +192,14 @@ def _terminal(u: Field, v: Field, part: Part, px: float) -> Surface:
     colour = _flat(u, part.colours[0])
     colour = _mix(colour, _DARK, 0.45 * inside(groove, px))
     colour = _mix(colour, _DARK, 0.85 * inside(port, px))
-    colour = _mix(colour, _STEEL, inside(clamp, px))
+    colour = _mix(colour, STEEL, inside(clamp, px))
     colour = _mix(colour, _DARK, 0.7 * inside(slot, px))
     rise = dome(distance, 0.07 * w) - 0.04 * w * inside(clamp, px)
     return Surface(distance, rise + 0.1 * w, colour, 0.4)
 
 
 def _label(u: Field, v: Field, part: Part, px: float) -> Surface:
-    """Paper with a field of `colours[0]` and a bar code drawn from `detail`."""
+    """Returns a paper with a field of `colours[0]` and a bar code given by `detail`."""
     length, w = part.length, part.width
     distance = box(u, v, length / 2, w / 2, 0.06 * w)
     field = box(u, v + 0.17 * w, 0.4 * length, 0.23 * w, 0.04 * w)
@@ -332,14 +211,17 @@ def _label(u: Field, v: Field, part: Part, px: float) -> Surface:
 
 
 def _cable(u: Field, v: Field, part: Part, px: float) -> Surface:
-    """From v = detail[0] at the left to detail[1] at the right, sagging detail[2]."""
+    """Returns a cable from v = detail[0] on the left to detail[1] on the right.
+
+    It sags by detail[2]; detail[3] makes the sag asymmetric.
+    """
     course = _course(u, part)
     slope = (_course(u + px, part) - course) / px
     offset = (v - course) / np.sqrt(1 + slope * slope)
     ferrule = np.clip((np.abs(u) - part.length / 2 + 1.2 * part.width) / px, 0, 1)
     radius = part.width / 2 * (1 - 0.35 * ferrule)
     distance = np.maximum(np.abs(offset) - radius, np.abs(u) - part.length / 2)
-    colour = _mix(_flat(u, part.colours[0]), _STEEL, ferrule)
+    colour = _mix(_flat(u, part.colours[0]), STEEL, ferrule)
     return Surface(distance, _tube(offset, radius), colour, 0.45)
 
 
@@ -351,7 +233,7 @@ def _course(u: Field, part: Part) -> Field:
 
 
 def _fibre(u: Field, v: Field, part: Part, px: float) -> Surface:
-    """A curled thread through the points (detail[0], detail[1]), ..."""
+    """Returns a curved thread through the points (detail[0], detail[1]), ..."""
     points = np.reshape(np.asarray(part.detail, np.float32), (-1, 2))
     nearest = np.full(u.shape, np.inf, np.float32)
     for (ax, ay), (bx, by) in itertools.pairwise(points):
@@ -386,7 +268,16 @@ SHAPES: dict[str, Callable[[Field, Field, Part, float], Surface]] = {
 def evaluate(
     view: View, part: Part, margin: float = 0.0
 ) -> tuple[tuple[slice, slice], Surface]:
-    """A part as `view` sees it: its window (`margin` units wider) and its surface."""
+    """Returns the window and the surface of a part in a view.
+
+    Args:
+        view: view in which the part is seen.
+        part: part to evaluate.
+        margin: width in units that is added on each side of the window.
+
+    Returns:
+        (rows, columns) of the window, and the surface on it.
+    """
     half_u, half_v = part.length / 2, part.width / 2
     if part.shape == "cable":
         half_v += max(map(abs, part.detail[:2])) + 1.6 * abs(part.detail[2])
@@ -411,7 +302,7 @@ def evaluate(
 
 
 def _chipped(surface: Surface, u: Field, v: Field, damage: Damage) -> Surface:
-    """Bites out a jagged disc; the fresh break is paler than the surface."""
+    """Cuts a jagged disc out of a surface; the break is paler than the surface."""
     du, dv = u - damage.u, v - damage.v
     theta = np.arctan2(dv, du) + damage.phase
     ragged = 1 + 0.22 * np.sin(3 * theta) + 0.12 * np.sin(7 * theta + 1)
@@ -423,7 +314,7 @@ def _chipped(surface: Surface, u: Field, v: Field, damage: Damage) -> Surface:
 
 
 def coverage(view: View, part: Part) -> Bool[np.ndarray, "h w"]:
-    """The pixels whose centre the part covers."""
+    """Returns the pixels whose centres a part covers, bool [h, w]."""
     covered = np.zeros((view.height, view.width), bool)
     window, surface = evaluate(view, part)
     covered[window] = surface.distance < 0

@@ -1,1 +1,3 @@
-"""ULSAD: networks, loss terms, and what checks them."""
+"""Implements ULSAD: its networks, its loss terms and the checks of them."""
+
+from ulsad_jax.methods.ulsad.method import METHODS as METHODS

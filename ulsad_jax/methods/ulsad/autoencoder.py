@@ -1,4 +1,4 @@
-"""The global autoencoder: an image through one 64-d vector to features."""
+"""Defines the global autoencoder: from an image to features through a 64-d code."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def decoder_sizes(extent: int) -> tuple[int, ...]:
-    """Grid sizes before each decoder convolution, for one side of the image.
+    """Returns the grid size before each decoder convolution, along one side.
 
-    At 256 pixels these are the reference's 3, 8, 15, 31, 63 and 32.
+    For 256 pixels these are 3, 8, 15, 31, 63 and 32, as in the reference.
+
+    Args:
+        extent: height or width of the image in pixels.
     """
     first = max(1, extent // 64 - 1)
     middle = (extent // 32, extent // 16 - 1, extent // 8 - 1, extent // 4 - 1)
@@ -25,12 +28,12 @@ def decoder_sizes(extent: int) -> tuple[int, ...]:
 
 
 class GlobalAutoencoder(nn.Module):
-    """Predicts the feature map from a code that has no room for its details.
+    """Autoencoder that predicts the feature map of an image from a 64-d code.
 
     Attributes:
-        channels: of the predicted features.
+        channels: number of channels of the predicted features.
         dtype: computation type.
-        axis_name: see `BatchNorm`.
+        axis_name: name of the `jax.pmap` axis, see `BatchNorm`.
     """
 
     channels: int
@@ -44,7 +47,7 @@ class GlobalAutoencoder(nn.Module):
         *,
         train: bool,
     ) -> tuple[Float[Array, "b h/8 w/8 channels"], Float[Array, "b 64"]]:
-        """Returns predicted features and code; h and w are multiples of 32, from 64."""
+        """Returns (features, code); h and w must be multiples of 32 and at least 64."""
         height, width = image.shape[1:3]
 
         def normalized(x, index):

@@ -1,4 +1,4 @@
-"""The local reconstructor: deep feature reconstruction (DFR), twice as wide."""
+"""Defines the local reconstructor: deep feature reconstruction (DFR), twice as wide."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ ACTIVATIONS = {"relu": nn.relu, "identity": lambda x: x}
 
 
 class LocalReconstructor(nn.Module):
-    """Reconstructs features, and predicts what the global autoencoder makes of them.
+    """Network that reconstructs features and predicts the global autoencoder's output.
 
     Attributes:
-        width: channels of the narrowest, 4 x smaller grid; 1536 as published.
+        width: number of channels of the smallest grid, a quarter of the input's height
+            and width; 1536 as published.
         output_activation: a key of `ACTIVATIONS`; "relu" as published, although it
-            cannot produce the negative half of standardised features.
+            cannot produce the negative values of standardised features.
         dtype: computation type.
-        axis_name: see `BatchNorm`.
+        axis_name: name of the `jax.pmap` axis, see `BatchNorm`.
     """
 
     width: int = 1536
@@ -36,7 +37,7 @@ class LocalReconstructor(nn.Module):
     def __call__(
         self, features: Float[Array, "b h w c"], *, train: bool
     ) -> tuple[Float[Array, "b h w 2*c"], Float[Array, "b h/4 w/4 width"]]:
-        """Returns reconstruction [..., :c] with prediction [..., c:], and the code."""
+        """Returns (output, code): output [..., :c] reconstructs, [..., c:] predicts."""
         width, channels = self.width, features.shape[-1]
         encoder = ((width // 2, 2), (width, 2), (width, 1))
         decoder = (

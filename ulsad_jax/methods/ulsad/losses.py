@@ -1,17 +1,18 @@
-"""Loss terms, and the loss function that a config makes of them.
+"""Defines the loss terms, and builds the loss function of a config from them.
 
 A term is a pure function `term(outputs, **hyperparameters) -> per-example losses
-[b]` of the networks' `Outputs`. The config names each one and gives it a weight:
+[b]` of the networks' `Outputs`. The config names each term and gives it a weight:
 
     config.losses.attention = {"term": "attention", "weight": 1.0, "cosine_weight": 0.5}
     config.losses.mine = {"term": "my_package.my_file:my_term", "weight": 0.1}
 
-A term that takes a keyword `step` is given the number of updates so far.
+A term with a keyword argument `step`, `image` or `key` receives the number of updates
+so far, the images of the batch (uint8 [b, h, w, 3]), or a random key of its own for the
+step.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import traceback
@@ -22,20 +23,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ulsad_jax.methods.base import TOTAL
 from ulsad_jax.methods.ulsad.networks import Outputs
+from ulsad_jax.runtime import registry
 from ulsad_jax.runtime.errors import UserError, sentence, suggest
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, Bool, Float, Int, UInt8
 
     LossTerm = Callable[..., Float[Array, " b"]]
     LossFn = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
     Numbers = Mapping[str, Mapping[str, float | Float[Array, ""]]]
 
 COSINE_EPSILON = 1e-8
-TOTAL = "total"  # what the sum of all terms is called, so no term can be
-STEP = "step"  # the keyword by which a term asks for the number of updates so far
-# What JAX raises where Python asks for the value of a traced array.
+GIVEN = ("step", "image", "key")  # keyword arguments that training passes to terms
+# Errors of JAX where Python needs the value of a traced array.
 _WITHOUT_VALUE = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -46,9 +48,9 @@ _WITHOUT_VALUE = (
 def distance(
     a: Float[Array, "*n c"], b: Float[Array, "*n c"], *, cosine_weight: float
 ) -> Float[Array, "*n"]:
-    """mean_C (a - b)^2 + cosine_weight * (1 - cos(a, b)), at each position.
+    """Returns mean_C (a - b)^2 + cosine_weight * (1 - cos(a, b)) at each position.
 
-    The paper's d_lambda. Norms are clamped at 1e-8, as in PyTorch's
+    This is d_lambda in the paper. Norms are clamped at 1e-8, as in PyTorch's
     `cosine_similarity`, so that a zero vector has cosine 0 and a finite gradient.
     """
     squared = jnp.square(a - b).mean(-1)
@@ -58,7 +60,10 @@ def distance(
 def attention(
     queries: Float[Array, "b h w c"], keys: Float[Array, "b h w c"]
 ) -> Float[Array, "b h w c"]:
-    """A(q, k) = softmax(q k^T / sqrt(c)) k over all positions, without projections."""
+    """Returns A(q, k) = softmax(q k^T / sqrt(c)) k over all positions.
+
+    There are no learned projections.
+    """
     b, h, w, c = queries.shape
     q = queries.reshape(b, h * w, c)
     k = keys.reshape(b, h * w, c)
@@ -67,9 +72,9 @@ def attention(
 
 
 def local_term(outputs: Outputs, *, cosine_weight: float = 0.5) -> Float[Array, " b"]:
-    """d(x, r): the local network reconstructs the features.
+    """Returns d(x, r): the error of the local network's reconstruction of the features.
 
-    With `cosine_weight` 0 and no other term this is DFR.
+    With `cosine_weight` 0 and no other term, training is that of DFR.
     """
     x, r = outputs["features"], outputs["local"]
     return distance(x, r, cosine_weight=cosine_weight).mean((1, 2))
@@ -78,7 +83,7 @@ def local_term(outputs: Outputs, *, cosine_weight: float = 0.5) -> Float[Array, 
 def attention_term(
     outputs: Outputs, *, cosine_weight: float = 0.5
 ) -> Float[Array, " b"]:
-    """d(A(x, x), A(g, x)): g attends to the features as they attend to themselves."""
+    """Returns d(A(x, x), A(g, x)): g must attend to x as x attends to itself."""
     x, g = outputs["features"], outputs["global_"]
     d = distance(attention(x, x), attention(g, x), cosine_weight=cosine_weight)
     return d.mean((1, 2))
@@ -87,7 +92,10 @@ def attention_term(
 def consistency_term(
     outputs: Outputs, *, cosine_weight: float = 0.5
 ) -> Float[Array, " b"]:
-    """d(g, p): the local network predicts the global one, and the other way round."""
+    """Returns d(g, p): the difference between the global output and its prediction.
+
+    Its gradient trains both networks.
+    """
     g, p = outputs["global_"], outputs["predicted_global"]
     return distance(g, p, cosine_weight=cosine_weight).mean((1, 2))
 
@@ -100,21 +108,23 @@ TERMS: dict[str, LossTerm] = {
 
 
 def make_loss_fn(config: Mapping[str, Mapping[str, Any]]) -> LossFn:
-    """Makes the loss function of a config's `losses`.
+    """Makes the loss function of `config.losses`.
 
     Args:
-        config: per entry a `term` (a key of `TERMS`, or "module:function" of your
-            own), a `weight`, and the term's own keyword arguments.
+        config: entries by name. Each entry has a `term` (a key of `TERMS`, or
+            "module:function"), a `weight`, and the keyword arguments of the term.
 
     Returns:
-        `loss_fn(outputs, valid=None, *, step=0, numbers=None)`, which returns (total,
-        {entry: mean loss}): the weighted total, and each term before weighting.
-        `valid` [b] leaves padded rows out, `step` counts the updates so far, and
-        `numbers` {entry: {name: number}} replaces weights and hyperparameters. Both
-        may be traced.
+        `loss_fn(outputs, valid=None, *, step=0, image=None, key=None, numbers=None)`,
+        which returns (total, {entry: mean loss}): the weighted total, and each term
+        before weighting. `valid` [b] excludes padded rows. `step` (number of updates so
+        far), `image` (images of the batch) and `key` are passed to the terms that take
+        them; every term gets a different key. `numbers` {entry: {name: number}}
+        replaces weights and hyperparameters. All of them may be traced.
 
     Raises:
-        UserError: no entry; an unknown term; a hyperparameter the term does not take.
+        UserError: no entry; an unknown term; a hyperparameter that the term does not
+            take.
     """
     if not config:
         raise UserError(
@@ -128,14 +138,18 @@ def make_loss_fn(config: Mapping[str, Mapping[str, Any]]) -> LossFn:
         valid: Bool[Array, " b"] | None = None,
         *,
         step: int | Int[Array, ""] = 0,
+        image: UInt8[Array, "b h w 3"] | None = None,
+        key: jax.Array | None = None,
         numbers: Numbers | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         batch = outputs["features"].shape[0]
         mask = jnp.ones(batch) if valid is None else valid.astype(jnp.float32)
         means = {}
         total = jnp.zeros(())
-        for name, entry in _replace(entries, numbers or {}).items():
-            per_example = entry.call(name, outputs, step)
+        for i, (name, entry) in enumerate(_replace(entries, numbers or {}).items()):
+            own = None if key is None else jax.random.fold_in(key, i)
+            given = {"step": step, "image": image, "key": own}
+            per_example = entry.call(name, outputs, given)
             means[name] = (per_example * mask).sum() / jnp.maximum(mask.sum(), 1)
             total += entry.weight * means[name]
         return total, means
@@ -143,8 +157,19 @@ def make_loss_fn(config: Mapping[str, Mapping[str, Any]]) -> LossFn:
     return loss_fn
 
 
+def takes(entry: Mapping[str, Any], keyword: str) -> bool:
+    """Returns whether the term of an entry takes a keyword argument of `GIVEN`.
+
+    Args:
+        entry: entry of `config.losses`.
+        keyword: "step", "image" or "key".
+    """
+    term = registry.find(entry["term"], TERMS, field="config.losses")
+    return keyword in inspect.signature(term).parameters
+
+
 class _Entry(NamedTuple):
-    """What one entry of the config says."""
+    """An entry of `config.losses`, with its term resolved."""
 
     reference: str
     term: LossTerm
@@ -152,16 +177,16 @@ class _Entry(NamedTuple):
     hyperparameters: dict[str, Any]
 
     def call(
-        self, name: str, outputs: Outputs, step: int | Int[Array, ""]
+        self, name: str, outputs: Outputs, given: Mapping[str, Any]
     ) -> Float[Array, " b"]:
-        """The term's losses; `step` only if it asks for it.
+        """Returns the term's losses; it gets the items of `given` that it takes.
 
         Raises:
-            UserError: it asks for an output that is not there, cannot compute, or
-                returns anything but one floating-point number an example.
+            UserError: the term uses an unknown output, fails, or does not return one
+                floating-point number per example.
         """
-        asks = STEP in inspect.signature(self.term).parameters
-        extra = {STEP: step} if asks else {}
+        asked = inspect.signature(self.term).parameters
+        extra = {key: value for key, value in given.items() if key in asked}
         try:
             found = self.term(outputs, **self.hyperparameters, **extra)
         except KeyError as error:
@@ -178,7 +203,7 @@ class _Entry(NamedTuple):
         return found
 
     def _explain(self, error: Exception, name: str) -> str:
-        """What to tell about an error in the term: what, where, what to do."""
+        """Returns a message about an error in the term: error, place and remedy."""
         frames = traceback.extract_tb(error.__traceback__)
         file = self.term.__code__.co_filename if hasattr(self.term, "__code__") else ""
         place = ([f for f in frames if f.filename == file] or frames)[-1]
@@ -197,7 +222,7 @@ class _Entry(NamedTuple):
         )
 
     def _check(self, found: Any, name: str, shape: tuple[int]) -> None:
-        """Refuses what is not one floating-point number an example."""
+        """Rejects results other than one floating-point number per example."""
         expected = (
             f"Expected loss term {name!r} ({self.reference}) to return one loss an "
             f"example, shape {shape}, float32, found"
@@ -219,10 +244,10 @@ class _Entry(NamedTuple):
 
 
 def _replace(entries: Mapping[str, _Entry], numbers: Numbers) -> dict[str, _Entry]:
-    """The entries with other weights and hyperparameters.
+    """Returns the entries with other weights and hyperparameters.
 
     Raises:
-        UserError: an entry or a hyperparameter that is not there.
+        UserError: an entry or a hyperparameter is unknown.
     """
     if unknown := sorted(numbers.keys() - entries.keys()):
         raise UserError(
@@ -249,7 +274,7 @@ def _cosine(a: Float[Array, "*n c"], b: Float[Array, "*n c"]) -> Float[Array, "*
 
 
 def _resolve(name: str, entry: Mapping[str, Any]) -> _Entry:
-    """The function, weight and hyperparameters of one config entry."""
+    """Reads the function, weight and hyperparameters of one config entry."""
     if not hasattr(entry, "keys"):
         raise UserError(
             f"Expected config.losses.{name} to be a dictionary, found {entry!r}. Write "
@@ -279,7 +304,7 @@ def _resolve(name: str, entry: Mapping[str, Any]) -> _Entry:
             f"Expected another name than config.losses.{name}, under which the "
             "weighted sum of all terms is reported. Rename the entry."
         )
-    term = TERMS[reference] if reference in TERMS else _import_term(name, reference)
+    term = registry.find(reference, TERMS, field=f"config.losses.{name}.term")
     _check_hyperparameters(name, reference, term, hyperparameters)
     return _Entry(reference, term, weight, hyperparameters)
 
@@ -287,8 +312,14 @@ def _resolve(name: str, entry: Mapping[str, Any]) -> _Entry:
 def _check_hyperparameters(
     name: str, reference: str, term: LossTerm, given: Mapping[str, Any]
 ) -> None:
-    """Refuses what a term does not take, and the lack of what it needs."""
-    parameters = list(inspect.signature(term).parameters.values())
+    """Rejects unknown and missing hyperparameters of a term."""
+    try:
+        parameters = list(inspect.signature(term).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"Expected config.losses.{name}.term = {reference!r} to be importable as a "
+            f"function, found: {error}. Name a function."
+        ) from error
     if not parameters or parameters[0].kind in (
         inspect.Parameter.KEYWORD_ONLY,
         inspect.Parameter.VAR_KEYWORD,
@@ -301,11 +332,13 @@ def _check_hyperparameters(
     accepted = parameters[1:]
     anything = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = {p.name: p for p in accepted if p.kind not in anything}
-    if named.pop(STEP, None) and STEP in given:
-        raise UserError(
-            f"Expected config.losses.{name} without `step`, which training gives "
-            f"{reference}, found {given[STEP]!r}. Remove it, or rename the term's own."
-        )
+    for key in GIVEN:
+        if named.pop(key, None) and key in given:
+            raise UserError(
+                f"Expected config.losses.{name} without `{key}`, which training gives "
+                f"{reference}, found {given[key]!r}. Remove it, or rename the term's "
+                "own."
+            )
     needed = {key for key, p in named.items() if p.default is p.empty}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted)
     unknown = set() if takes_any else given.keys() - named.keys()
@@ -317,29 +350,3 @@ def _check_hyperparameters(
             "rename them."
             f"{suggest(min(unknown, default=''), named)}"
         )
-
-
-def _import_term(name: str, reference: str) -> LossTerm:
-    module, _, function = str(reference).partition(":")
-    if not function:
-        raise UserError(
-            f"Expected config.losses.{name}.term to be one of {', '.join(TERMS)}, or "
-            f"your own as module:function, found {reference!r}. Correct it."
-            f"{suggest(str(reference), TERMS)}"
-        )
-    advice = (
-        f"Run from the folder that holds {module.split('.')[0]}, or put it on "
-        "PYTHONPATH."
-    )
-    try:
-        imported = importlib.import_module(module)
-        names = set(dir(imported)) - {function}
-        advice = f"Correct the name, or the file.{suggest(function, names)}"
-        term = getattr(imported, function)
-        inspect.signature(term)
-        return term
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"Expected config.losses.{name}.term = {reference!r} to be importable as a "
-            f"function, found: {error}. {advice}"
-        ) from error

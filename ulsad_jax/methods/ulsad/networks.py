@@ -1,4 +1,4 @@
-"""ULSAD: the trained networks together, and the names of what they return."""
+"""Combines ULSAD's trained networks and names their outputs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from jax.typing import DTypeLike
 
 from ulsad_jax.methods.ulsad.autoencoder import GlobalAutoencoder
 from ulsad_jax.methods.ulsad.local import LocalReconstructor
+from ulsad_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
 
 
 class Outputs(TypedDict):
-    """What loss terms and scores are made of, float32.
+    """Outputs of the networks, float32, from which loss terms and scores are computed.
 
-    For images of h x w pixels and a trunk that gives c channels. A compiled program
-    leaves out what it does not use.
+    Shapes are those for images of h x w pixels and a trunk with c channels. A compiled
+    program omits the outputs that it does not use.
 
     Attributes:
         features: x, the standardised features of the image (constant),
@@ -28,8 +29,8 @@ class Outputs(TypedDict):
         local: r, the local reconstruction of x, [b, h/8, w/8, c].
         predicted_global: p, the local network's prediction of g, [b, h/8, w/8, c].
         global_: g, the global autoencoder's output, [b, h/8, w/8, c].
-        local_code: the local network's narrowest grid, after batch norm,
-            [b, h/32, w/32, local_width].
+        local_code: the local network's smallest grid, after batch norm, [b, h/32, w/32,
+            local_width].
         global_code: the vector between the autoencoder's encoder and decoder, after
             batch norm and ReLU, [b, 64].
     """
@@ -49,14 +50,14 @@ NETWORKS = {
 }
 
 
-class Ulsad(nn.Module):
+class Networks(nn.Module):
     """The local reconstructor and the global autoencoder.
 
     Attributes:
-        local_width: see `LocalReconstructor.width`.
-        output_activation: see `LocalReconstructor.output_activation`.
+        local_width: number of channels, see `LocalReconstructor.width`.
+        output_activation: name, see `LocalReconstructor.output_activation`.
         dtype: computation type of both networks.
-        axis_name: under `jax.pmap`, of the axis over which the batch is spread.
+        axis_name: name of the `jax.pmap` axis over which the batch is split, or None.
     """
 
     local_width: int = 1536
@@ -77,8 +78,19 @@ class Ulsad(nn.Module):
         Args:
             features: standardised features of the image.
             image: uint8 in 0..255 or float in 0..1.
-            train: batch norm by the batch; `batch_stats` must then be mutable.
+            train: True to use batch statistics in batch norm; `batch_stats` must then
+                be mutable.
+
+        Raises:
+            UserError: the features are not on the grid of the autoencoder's output.
         """
+        grid, expected = features.shape[1:3], tuple(n // 8 for n in image.shape[1:3])
+        if grid != expected:
+            raise UserError(
+                f"Expected features on an eighth of the image's grid, {expected}, as "
+                f"ULSAD's networks need, found {grid}. Take another "
+                "config.trunk.architecture."
+            )
         channels = features.shape[-1]
         local, local_code = LocalReconstructor(
             self.local_width,

@@ -1,0 +1,239 @@
+"""Defines the interface of a method: pure functions that the training loop calls.
+
+A method learns from normal images and returns anomaly maps. Calibration, thresholds,
+fusion, scores.csv, the report, prediction, export and sweeps use the names of its maps.
+A module of this package lists its methods by name:
+
+    METHODS = {"padim": Padim}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import flax.struct
+import jax
+
+from ulsad_jax.runtime import registry
+from ulsad_jax.runtime.errors import UserError, suggest
+from ulsad_jax.runtime.rules import Rule
+from ulsad_jax.trunks.sources import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+    from ml_collections import ConfigDict
+
+GRID, IMAGES = "grid", "images"  # values of `Method.takes`
+TOTAL = "total"  # the loss that ranks checkpoints
+
+
+class Spec(NamedTuple):
+    """Shapes of the training data.
+
+    Attributes:
+        batch: `Batch` of shapes and dtypes.
+        num_images: number of training images.
+    """
+
+    batch: Batch
+    num_images: int
+
+
+@flax.struct.dataclass
+class State:
+    """State of training.
+
+    Attributes:
+        step: int32 [], number of updates so far.
+        model: tree of the arrays that inference reads.
+        training: tree of the other arrays that updates read, such as the state of an
+            optimizer.
+    """
+
+    step: Int[Array, ""]
+    model: Any
+    training: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base class of methods: immutable hyperparameters and pure functions.
+
+    Fields must be hashable: equal methods share one compiled program. `dtype` and
+    `axis_name` come from the run. The other fields of a subclass are those of
+    `config.methods.<name>`, with their defaults.
+
+    Attributes:
+        dtype: computation type, "float32" or "bfloat16".
+        axis_name: name of the `jax.pmap` axis over which a batch is split, or None.
+    """
+
+    # `GRID` to get standardised features of the trunk; `IMAGES` to get only images, in
+    # which case no trunk is loaded.
+    takes: ClassVar[str] = GRID
+    # Number of passes over the training images; None for that of the config.
+    num_epochs: ClassVar[int | None] = None
+    # True: a pass sees every image once, in order, and the last batch is padded. False:
+    # images are shuffled, and an incomplete last batch is left out.
+    sees_every_image: ClassVar[bool] = False
+    # What values of config fields have to be, by the fields' paths.
+    rules: ClassVar[Mapping[str, Rule]] = {}
+
+    dtype: str = "float32"
+    axis_name: str | None = None
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> Method:
+        """Makes the method of a resolved config.
+
+        Args:
+            config: resolved config of a run.
+
+        Raises:
+            UserError: a field of `config.methods.<name>` is unknown; the message names
+                it.
+        """
+        fields = own_fields(config)
+        known = {field.name for field in dataclasses.fields(cls)}
+        known -= {field.name for field in dataclasses.fields(Method)}
+        for name in sorted(fields.keys() - known):
+            raise UserError(
+                f"Expected config.methods.{short_name(config.method)} to hold fields "
+                f"of {config.method} ({', '.join(sorted(known)) or 'it has none'}), "
+                f"found {name!r}. Correct it.{suggest(name, known)}"
+            )
+        return cls(dtype=config.train.dtype, **fields)
+
+    def check(self, spec: Spec) -> str:
+        """Checks the method before any data is read or anything is written.
+
+        Args:
+            spec: shapes of the batches; `num_images` is not known yet and is 0.
+
+        Returns:
+            Warnings to the user, one per line, or an empty string.
+
+        Raises:
+            UserError: training cannot succeed.
+        """
+        del spec
+        return ""
+
+    def init(self, key: jax.Array, spec: Spec) -> State:
+        """Returns the initial state; it may be jitted.
+
+        Args:
+            key: random key that determines every random choice.
+            spec: shapes of the batches.
+        """
+        raise NotImplementedError
+
+    def update(
+        self, state: State, batch: Batch, key: jax.Array
+    ) -> tuple[State, dict[str, Float[Array, ""]]]:
+        """Returns the state after one batch, and the losses before the update by name.
+
+        Args:
+            state: state before the update.
+            batch: batch of training images.
+            key: random key of this update only.
+        """
+        raise NotImplementedError
+
+    def losses(
+        self, model: Any, batch: Batch, step: Int[Array, ""]
+    ) -> dict[str, Float[Array, ""]]:
+        """Returns losses by name, averaged over the valid rows of a batch.
+
+        Args:
+            model: `State.model`.
+            batch: batch of validation normals.
+            step: number of updates so far.
+
+        Returns:
+            Scalar losses by name. The one named `TOTAL` ranks checkpoints. Empty if the
+            method has no losses.
+        """
+        del model, batch, step
+        return {}
+
+    def finish(self, state: State) -> State:
+        """Returns the state to validate and save after the last update.
+
+        It is called once, outside any jitted function, so that arrays may change shape.
+        """
+        return state
+
+    def maps(self, model: Any, batch: Batch) -> dict[str, Float[Array, "b h w"]]:
+        """Returns anomaly maps by name, at image size; larger is more anomalous.
+
+        Args:
+            model: `State.model` of a finished state.
+            batch: batch of any images; `valid` is ignored.
+        """
+        raise NotImplementedError
+
+    def trace(self, numbers: Mapping[str, Any]) -> Method:
+        """Returns the method with some hyperparameters replaced by traced arrays.
+
+        Args:
+            numbers: scalar arrays by config field, for fields that `traceable` accepts;
+                empty outside sweeps.
+        """
+        assert not numbers, numbers
+        return self
+
+    @classmethod
+    def traceable(cls, field: str, values: list[Any]) -> bool:
+        """Returns whether one program can train sweep members that differ in a field.
+
+        Args:
+            field: path of a config field.
+            values: values of the field, one per member.
+        """
+        del field, values
+        return False
+
+    def estimate_bytes(self, spec: Spec) -> int:
+        """Estimates the device memory that a training step needs, in bytes."""
+        state = jax.eval_shape(lambda key: self.init(key, spec), jax.random.key(0))
+        return 2 * (count_bytes(state) + count_bytes(spec.batch))
+
+
+def find(reference: str) -> type[Method]:
+    """Returns the method that `config.method` names.
+
+    Args:
+        reference: name of a built-in method, or "module:attribute".
+
+    Raises:
+        UserError: there is no such method, or the name refers to something else.
+    """
+    known = registry.collect("ulsad_jax.methods", "METHODS")
+    found = registry.find(reference, known, field="config.method")
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(
+            f"Expected config.method = {reference!r} to be a class made from "
+            f"ulsad_jax.methods.base.Method, found {found!r}. Name one."
+        )
+    return found
+
+
+def short_name(reference: str) -> str:
+    """Returns a method's name in `config.methods`: the part after a colon, if any."""
+    return reference.rpartition(":")[2]
+
+
+def own_fields(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields of the config's method, under `config.methods.<name>`."""
+    return dict(config.methods.get(short_name(config.method), {}))
+
+
+def count_bytes(tree: Any) -> int:
+    """Returns the size in bytes of a tree of arrays or of shapes."""
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,194 @@
+"""Makes the parts of a training step: image order, random keys and jitted update."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from ulsad_jax.methods.base import Batch, Method, Spec, State
+from ulsad_jax.runtime import compilation
+from ulsad_jax.runtime.devices import DATA, PMAP, Devices
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.trunks.features import ChannelStatistics
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+    Step = Callable[
+        [State, Batch, jax.Array], tuple[State, dict[str, Float[Array, ""]]]
+    ]
+
+
+def category_seed(category: str) -> int:
+    """Returns a seed that depends only on the category's name."""
+    return zlib.crc32(category.encode()) & 0x7FFFFFFF
+
+
+def initial_key(seed: int, category: str) -> jax.Array:
+    """Returns the random key for a category's initial weights and updates."""
+    return jax.random.fold_in(jax.random.key(seed), category_seed(category))
+
+
+def make_spec(
+    batch_size: int,
+    image_size: tuple[int, int],
+    features: tuple[int, int, int] | None,
+    num_images: int = 0,
+) -> Spec:
+    """Returns the shapes of the training data.
+
+    Args:
+        batch_size: number of images in a batch.
+        image_size: (height, width) in pixels.
+        features: shape (gh, gw, c) of an image's features, or None.
+        num_images: number of training images; 0 if it is not known.
+    """
+    shape = jax.ShapeDtypeStruct
+    batch = Batch(
+        image=shape((batch_size, *image_size, 3), np.uint8),
+        features=features and shape((batch_size, *features), np.float32),
+        valid=shape((batch_size,), np.bool_),
+    )
+    return Spec(batch, num_images)
+
+
+@functools.cache  # compiled once, for all seeds
+def make_init(method: Method, spec: Spec) -> Callable[[jax.Array], State]:
+    """Returns a jitted `init(key)`, see `Method.init`.
+
+    Args:
+        method: method whose state it returns.
+        spec: shapes of the training batches.
+    """
+    init = functools.partial(method.init, spec=spec)
+    return jax.jit(init, compiler_options=compilation.run_once())
+
+
+@functools.lru_cache
+def make_train_step(method: Method, devices: Devices, backend: str) -> Step:
+    """Returns a jitted `step(state, batch, key)` over all devices.
+
+    The step donates the buffers of `state`. The key of each update is derived from
+    `key` and the number of updates so far. Equal arguments return the same function,
+    which is compiled once.
+
+    Args:
+        method: method whose update it runs.
+        devices: devices on which the state is replicated and over which the batch is
+            split.
+        backend: "jit", or "pmap", which runs the update on every device's share of the
+            batch and averages moments, gradients and losses.
+    """
+    if backend != PMAP:
+        return jax.jit(
+            make_update(method), donate_argnums=0, out_shardings=devices.everywhere
+        )
+    update = jax.pmap(
+        make_update(dataclasses.replace(method, axis_name=DATA)),
+        axis_name=DATA,
+        in_axes=(None, 0, None),
+        out_axes=None,
+        devices=list(devices.mesh.devices),
+        donate_argnums=0,
+    )
+
+    def step(state, batch, key):
+        shares = jax.tree.map(
+            lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch
+        )
+        return update(state, shares, key)
+
+    return step
+
+
+def make_update(method: Method) -> Step:
+    """Returns the method's update with a different random key at every step."""
+
+    def update(state, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        if method.axis_name is not None:  # different draws on each device
+            key = jax.random.fold_in(key, jax.lax.axis_index(method.axis_name))
+        return method.update(state, batch, key)
+
+    return update
+
+
+def steps_per_epoch(
+    count: int, batch_size: int, *, whole_only: bool, validation: int = 0
+) -> int:
+    """Returns the number of batches in a pass over the training images.
+
+    Args:
+        count: number of training images.
+        batch_size: number of images in a batch.
+        whole_only: True to leave out an incomplete last batch.
+        validation: number of validation images, used in the message.
+
+    Raises:
+        UserError: there are too few images for one batch.
+    """
+    if not whole_only:
+        return -(-count // batch_size)
+    if count < batch_size:
+        advice = ["add images"]
+        if validation > 1:
+            advice.insert(
+                0,
+                "lower --config.dataset.validation_fraction, which holds images out "
+                "where there is no validation split",
+            )
+        if count > 1:
+            smaller = f"set --config.train.batch_size to {count} or less (from 2 up)"
+            advice.insert(0, smaller)
+        text = ", or ".join(advice)
+        raise UserError(
+            f"Expected at least one batch of {batch_size} training images, without "
+            f"the {validation} for validation, found {count}. "
+            f"{text[0].upper()}{text[1:]}."
+        )
+    return count // batch_size
+
+
+def epoch_order(
+    count: int, *, seed: int, category: str, epoch: int
+) -> Int[np.ndarray, " count"]:
+    """Returns the order of the training images, a function of the arguments only.
+
+    Args:
+        count: number of training images.
+        seed: seed of the run.
+        category: name of the category.
+        epoch: number of the epoch, from 0.
+    """
+    rng = np.random.default_rng([seed, category_seed(category), epoch])
+    return rng.permutation(count)
+
+
+def model_item(model: Any, statistics: ChannelStatistics | None) -> dict[str, Any]:
+    """Returns the checkpoint item that inference reads.
+
+    Args:
+        model: `State.model`.
+        statistics: statistics of the feature channels; None without features.
+    """
+    item = {"variables": model}
+    if statistics is not None:
+        channels = {"mean": statistics.mean, "std": statistics.std}
+        if statistics.whitening is not None:
+            channels["whitening"] = statistics.whitening
+        item["channels"] = channels
+    return item
+
+
+def read_model_item(
+    item: Mapping[str, Any],
+) -> tuple[Any, ChannelStatistics | None]:
+    """Returns (model, statistics) from an item that `model_item` made."""
+    channels = item.get("channels")
+    return item["variables"], channels and ChannelStatistics(**channels)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -229,3 +230,25 @@ def test_warnings_of_a_decoder_name_the_file_and_come_once(tmp_path, monkeypatch
     files = [str(path) for path in root.rglob("*.png")]
     assert len(files) == 10
     assert sorted(text.split(": ")[0] for text in texts) == sorted(files)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone"])
+@pytest.mark.parametrize(
+    "name", ["*-train.array_record*", "dataset_info.json", "survey.json"]
+)
+def test_damaged_prepared_data_names_the_folder_to_delete(tmp_path, name, damage):
+    root = trees.write_mvtec_ad(tmp_path / "ad", train=6)
+    open_tree("mvtec_ad", root, "bottle")
+    (path,) = (tmp_path / "cache").rglob(name)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.unlink()
+    if damage != "gone":
+        flipped = content[:middle] + b"\0\xff" + content[middle + 2 :]
+        changed = {"cut": content[:middle], "flipped": flipped, "empty": b""}
+        path.write_bytes(changed[damage])
+    with pytest.raises(UserError, match=r"prepared images in .*Delete that folder"):
+        read_all(open_tree("mvtec_ad", root, "bottle").train, 2)
+    folder = next((tmp_path / "cache").iterdir())
+    shutil.rmtree(folder)
+    assert len(read_all(open_tree("mvtec_ad", root, "bottle").train, 2)) > 0

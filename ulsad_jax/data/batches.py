@@ -17,7 +17,7 @@ from PIL import Image
 
 from ulsad_jax.data.file_warnings import said_before
 from ulsad_jax.data.layouts import describe_unused, find
-from ulsad_jax.data.prepare import RecordsBuilder, find_builder
+from ulsad_jax.data.prepare import RecordsBuilder, damage_errors, find_builder
 from ulsad_jax.data.records import (
     SPLITS,
     TEST,
@@ -283,7 +283,23 @@ def _examples(
     source = builder.as_data_source(
         split, decoders={"image": _Encoded(), "masks": {"mask": _Encoded()}}
     )
-    return Examples(records, [position[r.name] for r in records], source, image_size)
+    positions = [position[r.name] for r in records]
+    return Examples(records, positions, _Split(source, builder.data_dir), image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """A split as TFDS reads it; damage is an error that names the folder."""
+
+    source: Sequence[dict[str, Any]]
+    folder: str | os.PathLike[str]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        with damage_errors(self.folder):
+            return self.source[i]
 
 
 def _read_ground_truth(example: dict[str, Any]) -> GroundTruth:

@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import Error
 
 from ulsad_jax.data import layouts
 from ulsad_jax.data.examples import to_example
@@ -37,7 +38,7 @@ from ulsad_jax.data.layouts import find_categories, find_records
 from ulsad_jax.data.records import SPLITS, Record, fingerprint
 from ulsad_jax.data.survey import Survey
 from ulsad_jax.runtime import files
-from ulsad_jax.runtime.errors import UserError, storage_errors
+from ulsad_jax.runtime.errors import UserError, sentence, storage_errors
 from ulsad_jax.runtime.progress import progress
 
 LABELS = ("normal", "anomalous")
@@ -45,6 +46,28 @@ FINGERPRINT_FILE, SURVEY_FILE = "fingerprint.txt", "survey.json"
 INCOMPLETE = "incomplete."  # TFDS's prefix of folders being written
 # TFDS holds a shard's encoded images in memory while it writes the shard.
 SHARD = 64
+
+
+@contextlib.contextmanager
+def damage_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what readers make of damaged prepared data into one error.
+
+    Args:
+        folder: folder of the prepared data.
+
+    Raises:
+        UserError: the data cannot be read; the message names the folder to delete.
+    """
+    try:
+        yield
+    # Riegeli, TFDS and protobuf have no error in common.
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, Error) as error:
+        found = sentence(" ".join(str(error).split())[:200])
+        raise UserError(
+            f"Expected the prepared images in {folder} as they were written, found: "
+            f"{found} Delete that folder and run the same command again, which "
+            "prepares them anew."
+        ) from error
 
 
 class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -108,12 +131,14 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         place = os.fsencode(self.root) + level.encode()
         digest = hashlib.sha256(place).hexdigest()[:8]
         folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-        super().__init__(
-            data_dir=folder / files.fit_name(self.root.name, f"-{digest}"),
-            config=config,
-            file_format=file_format,
-            version=version,
-        )
+        folder = folder / files.fit_name(self.root.name, f"-{digest}")
+        with damage_errors(folder):  # TFDS reads what an earlier run wrote
+            super().__init__(
+                data_dir=folder,
+                config=config,
+                file_format=file_format,
+                version=version,
+            )
         # Arguments that make a copy of the builder in another process.
         self._original_state = {
             "root": self.root,
@@ -159,11 +184,13 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                     self._discard()
                     with storage_errors(folder):
                         super().download_and_prepare(**kwargs)
-        self.info.read_from_directory(self.data_dir)
+        with damage_errors(self.data_dir):
+            self.info.read_from_directory(self.data_dir)
 
     def read_survey(self) -> Survey:
         """Returns the survey of the files, taken when the category was built."""
-        return Survey.from_json(Path(self.data_dir, SURVEY_FILE).read_text())
+        with damage_errors(self.data_dir):
+            return Survey.from_json(Path(self.data_dir, SURVEY_FILE).read_text())
 
     def as_data_source(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the data source that the TFDS method returns.
@@ -177,7 +204,8 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 f"{self.root}, found nothing or older data in {self.data_dir}. Call "
                 "download_and_prepare() first (download=True)."
             )
-        return super().as_data_source(*args, **kwargs)
+        with damage_errors(self.data_dir):
+            return super().as_data_source(*args, **kwargs)
 
     @property
     def _label(self) -> str:

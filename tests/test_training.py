@@ -187,7 +187,9 @@ def test_validation_averages_over_the_images(method, count):
 def test_validation_without_calibration(method):
     validate = make_validate(method, make_kept(2), calibrate="none")
     calibration = validate(init(method).model, 0).calibration
-    assert calibration.offset == calibration.scale == {}  # maps stay as they are
+    # Maps stay as they are.
+    assert calibration.offset == {"local": 0.0, "global": 0.0}
+    assert calibration.scale == {"local": 1.0, "global": 1.0}
     assert calibration.display_low < calibration.display_high
 
 

@@ -13,8 +13,9 @@ def get_config(category: str = "all") -> ConfigDict:
     # Seed of everything random in a run: initial weights, the order of the images, the
     # validation split, random trunks.
     config.seed = 0
-    # A built-in method, "ulsad" or "padim", or "module:attribute" of your own; see
-    # docs/methods.md. The fields of methods other than ULSAD are in `methods`.
+    # A built-in method ("ulsad", "padim", "pooled"), "module:attribute" of your own, or
+    # several joined with "+", such as "ulsad+pooled"; see docs/methods.md. The fields
+    # of methods other than ULSAD are in `methods`.
     config.method = "ulsad"
     # (height, width) in pixels, multiples of 32 from 64 up. Images are resized to it
     # without keeping their aspect ratio.
@@ -25,6 +26,16 @@ def get_config(category: str = "all") -> ConfigDict:
     # How a method's maps are brought to one scale before they are averaged: "quantile",
     # by their quantiles on the validation normals, or "none".
     config.calibration = "quantile"
+
+    config.score = score = ConfigDict()
+    # The score of an image: "map", that of the anomaly map, as published, or "scores",
+    # the weighted sum of the z-scores of every map and of a method's own scores.
+    score.fusion = "map"
+    # Weights in that sum by a score's name; others have weight 1, and 0 leaves one out.
+    score.weights = ConfigDict()
+    # The score of a map is the mean over this share of its pixels, those with the
+    # largest values; 0 for the maximum, as published.
+    score.top_share = 0.0
 
     config.threshold = threshold = ConfigDict()
     # Share of normal images that may be called anomalous. With fewer than
@@ -112,6 +123,9 @@ def get_config(category: str = "all") -> ConfigDict:
     # Ignored by methods with a fixed number of passes over the training images, such as
     # "padim", which takes one.
     train.num_epochs = 200
+    # Number of updates, rounded up to whole epochs of the category's training images;
+    # replaces `num_epochs` unless it is 0.
+    train.num_updates = 0
     # Number of epochs between checkpoints, each of which is validated. The last epoch
     # always has one.
     train.checkpoint_every = 10

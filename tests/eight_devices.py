@@ -97,7 +97,10 @@ def take_steps(count, backend="jit", batch=BATCH):
         make_kept(5 * batch),
         Squares(),
     )
-    spec, key = steps.make_spec(batch, (64, 64), (8, 8, 6)), jax.random.key(0)
+    spec, key = (
+        steps.make_spec(batch, (64, 64), runs.features(8, 8, 6)),
+        jax.random.key(0),
+    )
     state = devices.replicate(steps.make_init(method, spec)(key))
     step = steps.make_train_step(method, devices, backend)
     losses, states = [], []
@@ -204,7 +207,7 @@ class Draws(Method):
 def test_sums_over_the_images_equal_those_of_one_device(backend):
     """PaDiM's, with a last batch that is filled up."""
     kept, method, key = make_kept(BATCH + 3), Padim(channels=4), jax.random.key(0)
-    spec, found = steps.make_spec(BATCH, (64, 64), (8, 8, 6)), []
+    spec, found = steps.make_spec(BATCH, (64, 64), runs.features(8, 8, 6)), []
     for count, way in ((1, "jit"), (8, backend)):
         devices = parallel.find_devices(count)
         state = devices.replicate(steps.make_init(method, spec)(key))

@@ -60,6 +60,11 @@ def make_config(
     return config
 
 
+def features(*shape: int) -> jax.ShapeDtypeStruct:
+    """The shape of one image's features [gh, gw, c]."""
+    return jax.ShapeDtypeStruct((1, *shape), np.float32)
+
+
 def train(config: ConfigDict, workdir: Path) -> str:
     return experiment.train(config.copy_and_resolve_references(), workdir)
 

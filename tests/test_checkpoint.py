@@ -50,7 +50,7 @@ def test_round_trip(tmp_path):
     with open_store(tmp_path) as store:
         assert store.latest() == store.select(best=False) == 7
         model, optimizer, progress = store.restore_training(
-            7, model=make_model(), optimizer=make_optimizer()
+            7, FIRST, model=make_model(), optimizer=make_optimizer()
         )
         assert_same_arrays(model, make_model(7))
         assert_same_arrays(optimizer, make_optimizer(7))
@@ -222,7 +222,7 @@ def restore_all(folder):
         return (
             *store.restore_model(step, FIRST, like=make_model()),
             *store.restore_training(
-                step, model=make_model(), optimizer=make_optimizer()
+                step, FIRST, model=make_model(), optimizer=make_optimizer()
             ),
         )
 

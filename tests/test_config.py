@@ -168,11 +168,11 @@ def test_field_that_was_added_later_means_what_runs_did_before(tmp_path, about, 
     assert ADDED.items() <= dict(config_lib.flatten(loaded)).items()
 
 
-@pytest.mark.parametrize("found", [2, 1.5, -1, "1", None, [1]])
+@pytest.mark.parametrize("found", [3, 1.5, -1, "1", None, [1]])
 def test_file_of_another_format(tmp_path, found):
     path = write_fields(tmp_path / "config.json", format=found)
     with pytest.raises(
-        UserError, match=r"format 1 or an earlier one.*found format"
+        UserError, match=r"format 2 or an earlier one.*found format"
     ) as e:
         config_lib.load(path)
     assert f"found format {found}: another version wrote it" in str(e.value)
@@ -187,7 +187,7 @@ def test_what_auto_became_is_kept(tmp_path, source):
     assert config.trunk.layers == config.trunk.whiten == "auto"
     config_lib.save(resolved, tmp_path / "config.json")
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["format"] == 1
+    assert written["format"] == config_lib.FORMAT
     layers = "layer2" if source == "builtin" else "layer2+layer3"
     whiten = "always" if source == "builtin" else "never"
     assert (written["trunk"]["layers"], written["trunk"]["whiten"]) == (layers, whiten)

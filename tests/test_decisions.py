@@ -23,7 +23,10 @@ def make_maps(scores):
 
 
 def choose(scores, image_fpr=0.05, pixel_fpr=0.01):
-    return decisions.choose(make_maps(scores), image_fpr=image_fpr, pixel_fpr=pixel_fpr)
+    maps = make_maps(scores)
+    return decisions.choose(
+        maps, maps.max((1, 2)), image_fpr=image_fpr, pixel_fpr=pixel_fpr
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_equal_scores_keep_the_promise():
 @pytest.mark.parametrize("fpr", [0.5, 0.1, 0.005, 1e-6])
 def test_pixel_threshold_is_the_smallest_that_keeps_the_rate(fpr):
     maps = np.random.default_rng(0).gamma(2, size=(5, 16, 24)).astype(np.float32)
-    found = decisions.choose(maps, image_fpr=0.1, pixel_fpr=fpr)
+    found = decisions.choose(maps, maps.max((1, 2)), image_fpr=0.1, pixel_fpr=fpr)
     threshold = np.float32(found.thresholds.pixel)
     assert (maps > threshold).mean() <= fpr
     below = maps[maps < threshold].max()
@@ -96,7 +99,7 @@ def test_single_image():
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_constant_maps_stay_finite(value):
     maps = np.full((3, 8, 8), value, np.float32)
-    found = decisions.choose(maps, image_fpr=0.05, pixel_fpr=0.01)
+    found = decisions.choose(maps, maps.max((1, 2)), image_fpr=0.05, pixel_fpr=0.01)
     assert found.thresholds.image == found.thresholds.pixel == value
     normalized = decisions.normalize(maps.max((1, 2)), found.thresholds)
     np.testing.assert_array_equal(normalized, 0.5)

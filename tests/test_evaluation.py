@@ -24,8 +24,8 @@ from ulsad_jax.metrics.image import UndefinedMetricWarning
 from ulsad_jax.metrics.pixel import Pixels
 from ulsad_jax.report import figures
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import loop as trainer
 from ulsad_jax.runs import run as experiment
+from ulsad_jax.runs import validation
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.scoring import prediction as inference
 from ulsad_jax.scoring.split import predict_split
@@ -204,13 +204,13 @@ def test_a_batch_is_no_larger_than_its_split(finished, tmp_path, monkeypatch):
         return batches(examples, size, *args)
 
     monkeypatch.setattr(Examples, "batches", note)
-    made = trainer.make_validate
+    made = validation.make_validate
 
     def make_validate(method, source, *, batch_size, **options):
         sizes.append((len(source), batch_size))
         return made(method, source, batch_size=batch_size, **options)
 
-    monkeypatch.setattr(trainer, "make_validate", make_validate)
+    monkeypatch.setattr(validation, "make_validate", make_validate)
     config = finished.config.copy_and_resolve_references()
     config.evaluation.batch_size = 10**9
     config.train.num_epochs = 1

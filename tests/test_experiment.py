@@ -20,7 +20,7 @@ from ulsad_jax.methods.ulsad.networks import Networks
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import loop as trainer
 from ulsad_jax.runs import run as experiment
-from ulsad_jax.runs import saved, setup, steps
+from ulsad_jax.runs import saved, setup, steps, validation
 from ulsad_jax.runtime.errors import Interrupted, UserError, reported
 from ulsad_jax.trunks import weights as pretrained
 from ulsad_jax.trunks.pyramid import FeaturePyramid
@@ -528,7 +528,7 @@ def test_selection_on_the_test_set_needs_one(tmp_path):
 
 def test_best_validation_loss(data, tmp_path, monkeypatch):
     """Where the last checkpoint is not the best one."""
-    plain = trainer.make_validate
+    plain = validation.make_validate
 
     def make_validate(*args, **options):
         validate = plain(*args, **options)
@@ -539,7 +539,7 @@ def test_best_validation_loss(data, tmp_path, monkeypatch):
 
         return growing
 
-    monkeypatch.setattr(trainer, "make_validate", make_validate)
+    monkeypatch.setattr(validation, "make_validate", make_validate)
     runs.train(runs.make_config(data), tmp_path)
     assert runs.read_steps(tmp_path) == [6, 12]
     assert runs.read_results(tmp_path, "bottle")["step"] == 12

@@ -25,17 +25,22 @@ from tests.test_experiment import interrupt_at, needs_cpu
 from ulsad_jax import export, predict
 from ulsad_jax.data.resize import resize_bilinear
 from ulsad_jax.methods import base
-from ulsad_jax.methods.base import IMAGES, TOTAL, Method, State
+from ulsad_jax.methods.base import IMAGES, LEVELS, TOTAL, Method, State
 from ulsad_jax.methods.padim import Padim
 from ulsad_jax.runs import run as experiment
-from ulsad_jax.runs import steps
+from ulsad_jax.runs import saved, steps
 from ulsad_jax.runtime.devices import find_devices
 from ulsad_jax.runtime.errors import Interrupted, UserError
 from ulsad_jax.sweep import run as sweep
 from ulsad_jax.trunks import weights as trunk_weights
 
 SIZE = {"train.batch_size": 5}
-PADIM = SIZE | {"method": "padim", "methods.padim.channels": 12}
+PADIM = SIZE | {
+    "method": "padim+pooled",
+    "methods.padim.channels": 12,
+    "score.fusion": "scores",
+    "score.weights": {"pooled": 0.5},
+}
 OUTPUTS = ("score", "normalized_score", "is_anomalous", "anomaly_map", "mask_area")
 
 
@@ -108,6 +113,39 @@ class Drift(Method):
         return field == "methods.Drift.rate"
 
 
+@dataclasses.dataclass(frozen=True)
+class Bright(Method):
+    """The distance of each level's mean to that of the first pass, as a score."""
+
+    takes = LEVELS
+    num_epochs = 1
+
+    def init(self, key, spec):
+        shapes = spec.batch.features
+        sums = {name: jnp.zeros(x.shape[-1:]) for name, x in shapes.items()}
+        training = {"sums": sums, "count": jnp.zeros(())}
+        return State(jnp.zeros((), jnp.int32), {}, training)
+
+    def update(self, state, batch, key):
+        new = {k: x.mean((1, 2)).sum(0) for k, x in batch.features.items()}
+        count = state.training["count"] + len(batch.image)
+        sums = jax.tree.map(jnp.add, state.training["sums"], new)
+        training = {"sums": sums, "count": count}
+        return State(state.step + 1, state.model, training), {}
+
+    def finish(self, state):
+        count = state.training["count"]
+        mean = jax.tree.map(lambda x: x / count, state.training["sums"])
+        return State(state.step, {"mean": mean, "count": count}, {})
+
+    def maps(self, model, batch):
+        return {}
+
+    def scores(self, model, batch):
+        means = {k: x.mean((1, 2)) for k, x in batch.features.items()}
+        return {k: jnp.abs(x - model["mean"][k]).sum(-1) for k, x in means.items()}
+
+
 def make_run(data, workdir, fields):
     config = runs.make_config(data, fields)
     return runs.Run(workdir, config, runs.train(config, workdir))
@@ -132,20 +170,24 @@ def run(request):
 
 
 def names_of(run):
-    return {"padim": ["patch"]}.get(run.config.method, ["colour", "far"])
+    return {PADIM["method"]: ["patch"]}.get(run.config.method, ["colour", "far"])
+
+
+def scores_of(run):
+    return names_of(run) + ["pooled"] * (run.config.method == PADIM["method"])
 
 
 def test_what_a_run_leaves(run):
     folder = run.workdir / "bottle"
     document = runs.read_results(run.workdir)
     assert document["method"] == run.config.method
-    assert (document["trunk"] is None) == (run.config.method != "padim")
+    assert (document["trunk"] is None) == (run.config.method != PADIM["method"])
     (epoch,) = runs.read_metrics(run.workdir)  # whatever config.train.num_epochs is
     assert epoch == {"epoch": 1, "step": 3}  # twelve images in batches of five
     assert runs.read_steps(run.workdir) == [epoch["step"]]
     metrics = document["categories"]["bottle"]
     assert 0 <= metrics["image_auroc"] <= 1 and 0 <= metrics["aupro"] <= 1
-    columns = {f"{name}_score" for name in names_of(run)}
+    columns = {f"{name}_score" for name in scores_of(run)}
     (row, *_) = runs.read_scores(run.workdir)
     assert columns == {c for c in row if c.endswith("_score")} - {"normalized_score"}
     page = (run.workdir / "report.html").read_text()
@@ -178,6 +220,74 @@ def test_stopped_within_the_pass_and_resumed(run, tmp_path, monkeypatch):
     runs.assert_same_category(tmp_path / "again", run.workdir)
 
 
+LEVELED = {
+    "method": "tests.test_methods:Drift+tests.test_methods:Bright",
+    "score.fusion": "scores",
+    "train.num_updates": 7,  # three epochs of three
+    "train.checkpoint_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def leveled(data, tmp_path_factory):
+    """A run of two branches, one of which has only one pass; read-only."""
+    return make_run(data, tmp_path_factory.mktemp("leveled") / "run", LEVELED)
+
+
+def test_branches_on_levels(leveled):
+    (*_, epoch) = runs.read_metrics(leveled.workdir)
+    assert epoch["step"] == 9 and epoch["validation/total"] > 0
+    names = {"colour_score", "layer2_score", "layer3_score", "normalized_score"}
+    (row, *_) = runs.read_scores(leveled.workdir)
+    assert names == {name for name in row if name.endswith("_score")}
+    model = saved.load_run(leveled.workdir).weights.model
+    assert float(model["Bright"]["count"]) == 12  # the images of one pass
+    assert {k: v.shape for k, v in model["Bright"]["mean"].items()} == {
+        "layer2": (128,),
+        "layer3": (256,),
+    }
+
+
+@needs_cpu
+def test_branches_resumed(leveled, tmp_path, monkeypatch):
+    """From a checkpoint, which holds what is finished, after the end of a branch."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, signal.SIGTERM, 1, 1)
+        with pytest.raises(Interrupted, match="after step 5"):
+            runs.train(leveled.config, tmp_path / "again")
+    (tmp_path / "again/bottle/checkpoints/5").rename(tmp_path / "5")
+    runs.train(leveled.config, tmp_path / "again")
+    runs.assert_same_category(tmp_path / "again", leveled.workdir)
+
+
+def test_levels_without_memory(leveled, data, tmp_path):
+    streamed = make_run(data, tmp_path / "run", LEVELED | {"train.feature_memory": 0.0})
+    for row, expected in zip(
+        runs.read_scores(streamed.workdir),
+        runs.read_scores(leveled.workdir),
+        strict=True,
+    ):
+        assert float(row["score"]) == pytest.approx(float(expected["score"]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "pooled"}, "at least one map, found only scores"),
+        ({"method": "padim+padim"}, "each of its branches once"),
+        ({"method": "padim+tests.test_methods:Bright"}, "take the same features"),
+        ({"method": "padim+nothing"}, "one of padim, pooled, ulsad"),
+        (PADIM | {"score.weights": {"patc": 1.0}}, "weights of patch, pooled"),
+        (PADIM | {"score.weights": {"patch": -1.0}}, "finite numbers from 0 up"),
+        (PADIM | {"score.weights": {"patch": 0.0, "pooled": 0.0}}, "not all of them"),
+    ],
+    ids=str,
+)
+def test_branches_that_will_not_do(data, tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        runs.train(runs.make_config(data, fields), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "fields", [{"train.feature_memory": 0.0}, {"parallel.backend": "pmap"}], ids=str
 )
@@ -206,7 +316,7 @@ def test_finished_run_is_left_alone(run, tmp_path):
     ("fields", "message"),
     [
         ({"methods.padim.epsilon": 0.5}, r"config\.methods\.padim\.epsilon"),
-        ({"method": "ulsad"}, r"config\.method: the run has 'padim'"),
+        ({"method": "ulsad"}, r"config\.method: the run has 'padim\+pooled'"),
     ],
     ids=str,
 )
@@ -232,7 +342,7 @@ def test_evaluation_repeats_training(run, tmp_path):
 
 def test_scores_are_those_of_the_evaluation(run):
     detector = ulsad_jax.Detector.load(run.workdir)
-    assert list(detector.names) == names_of(run)
+    assert list(detector.names) == scores_of(run)
     for row in runs.read_scores(run.workdir):
         result = detector(row["image"])
         for name, value in result.row().items():
@@ -251,7 +361,7 @@ def test_prediction_of_a_folder(run, data, tmp_path):
     expected = runs.read_scores(run.workdir)
     assert len(rows) == len(expected) == len(list(tmp_path.rglob("overlays/**/*.png")))
     for row in expected:
-        for name in ("score", *(f"{n}_score" for n in names_of(run))):
+        for name in ("score", *(f"{n}_score" for n in scores_of(run))):
             found = float(rows[row["image"]][name])
             assert found == pytest.approx(float(row[name]), rel=1e-4, abs=1e-5)
 
@@ -268,7 +378,8 @@ def test_exported_file_says_what_the_detector_says(run, tmp_path):
     photos = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     images = np.stack([resize_bilinear(photo, (64, 64)) for photo in photos])
     found = jax.device_get(model.call(images))
-    outputs = {f"{n}_{kind}" for n in names_of(run) for kind in ("score", "map")}
+    outputs = {f"{n}_map" for n in names_of(run)}
+    outputs |= {f"{n}_score" for n in scores_of(run)}
     assert found.keys() == {*OUTPUTS, *outputs}
     near = {"rtol": 1e-4, "atol": 1e-5}
     detector = ulsad_jax.Detector.load(run.workdir)
@@ -280,6 +391,7 @@ def test_exported_file_says_what_the_detector_says(run, tmp_path):
             np.testing.assert_allclose(
                 found[f"{name}_map"][i], result.maps[name], **near
             )
+        for name in scores_of(run):
             score = found[f"{name}_score"][i]
             np.testing.assert_allclose(score, result.scores[name], **near)
 
@@ -304,7 +416,7 @@ def test_member_of_a_sweep_is_its_lone_run(run, data, tmp_path, backend):
     assert "AUROC, raw mean" in printed and "not compared" not in printed
     members = runs.read_table(tmp_path / "members.csv")
     assert [member["failure"] for member in members] == ["", ""]
-    for name in names_of(run):
+    for name in scores_of(run):
         assert float(members[0][f"{name}: image_auroc"]) >= 0
     folder = tmp_path / "members" / "bottle-seed_0"
     for row, lone in zip(
@@ -362,7 +474,9 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
     x = np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32)
     x[..., 1] += x[..., 0]
     method = Padim(channels=99, epsilon=0.1)
-    state = method.init(jax.random.key(0), steps.make_spec(batch, (24, 16), shape))
+    state = method.init(
+        jax.random.key(0), steps.make_spec(batch, (24, 16), runs.features(*shape))
+    )
     step = steps.make_train_step(method, find_devices(1), "jit")
     for start in range(0, count, batch):
         rows = np.resize(np.arange(start, min(start + batch, count)), batch)

@@ -31,7 +31,7 @@ def fit(kept, seed=0, **fields):
     """The finished state, and the method."""
     method, key = Padim(**fields), jax.random.key(seed)
     devices, count = devices_lib.find_devices(1), len(kept)
-    spec = steps.make_spec(BATCH, SIZE, GRID, count)
+    spec = steps.make_spec(BATCH, SIZE, runs.features(*GRID), count)
     state = devices.replicate(steps.make_init(method, spec)(key))
     step = steps.make_train_step(method, devices, "jit")
     for start in range(0, count, BATCH):
@@ -72,7 +72,9 @@ def test_rows_that_fill_a_batch_do_not_count():
     for seed in (1, 2):
         features, other = kept.features.copy(), make_kept(BATCH, seed).features
         features[2:] = other[2:]
-        state = steps.make_init(method, steps.make_spec(BATCH, SIZE, GRID))(key)
+        state = steps.make_init(
+            method, steps.make_spec(BATCH, SIZE, runs.features(*GRID))
+        )(key)
         step = steps.make_train_step(method, devices, "jit")
         rows, filled = np.arange(BATCH), sources.Kept(kept.images, features)
         state, _ = step(state, sources.load(filled, rows, 2, devices), key)
@@ -116,7 +118,7 @@ def test_fewer_images_than_channels(count):
 
 
 def test_the_key_chooses_the_channels():
-    spec = steps.make_spec(BATCH, SIZE, (3, 4, 384))
+    spec = steps.make_spec(BATCH, SIZE, runs.features(3, 4, 384))
 
     def choose(seed, channels=100):
         init = steps.make_init(Padim(channels=channels), spec)

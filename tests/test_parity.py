@@ -26,6 +26,7 @@ from ulsad_jax.methods.ulsad.method import make_optimizer
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import setup
 from ulsad_jax.scoring import calibration as scoring
+from ulsad_jax.scoring.fusion import image_score
 from ulsad_jax.trunks import features
 from ulsad_jax.trunks import torch_names as torch_import
 from ulsad_jax.trunks.pyramid import FeaturePyramid, pyramid_variables
@@ -166,7 +167,7 @@ def evaluated(case):
         "qa_global": low["global"],
         "qb_global": high["global"],
         "map_combined_quantile": fused,
-        "image_score_quantile": scoring.image_score(fused),
+        "image_score_quantile": image_score(fused),
     }
     return {name: cut(name, np.asarray(value)) for name, value in values.items()}
 

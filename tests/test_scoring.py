@@ -11,6 +11,7 @@ from scipy import ndimage
 from ulsad_jax.methods.base import Batch
 from ulsad_jax.methods.ulsad.method import Ulsad
 from ulsad_jax.scoring import calibration as scoring
+from ulsad_jax.scoring.fusion import image_score
 
 
 def draw(seed, shape):
@@ -142,4 +143,4 @@ def test_display_range_leaves_room_above_normal_images(method):
 def test_image_score_is_the_maximum():
     anomaly_map = draw(11, (3, 8, 12)) - 5
     expected = [anomaly_map[i].max() for i in range(3)]
-    np.testing.assert_array_equal(scoring.image_score(anomaly_map), expected)
+    np.testing.assert_array_equal(image_score(anomaly_map), expected)

@@ -11,7 +11,7 @@ import pytest
 from tests import runs
 from ulsad_jax.methods.ulsad.method import make_optimizer
 from ulsad_jax.runs import config as config_lib
-from ulsad_jax.runs import loop, setup, steps
+from ulsad_jax.runs import setup, steps, validation
 from ulsad_jax.runtime import devices as devices_lib
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.scoring import calibration as scoring
@@ -54,18 +54,21 @@ def method():
 
 def make_validate(method, kept, *, calibrate):
     """In batches of three, on all devices."""
-    return loop.make_validate(
+    return validation.make_validate(
         method,
         kept,
         devices=devices_lib.find_devices(),
         batch_size=3,
         calibrate=calibrate,
-        **RATES,
+        score={"fusion": "map", "weights": {}, "top_share": 0.0},
+        threshold=RATES,
     )
 
 
 def init(method, seed=0):
-    spec = steps.make_spec(BATCH, (SIZE, SIZE), (SIZE // 8, SIZE // 8, CHANNELS))
+    spec = steps.make_spec(
+        BATCH, (SIZE, SIZE), runs.features(SIZE // 8, SIZE // 8, CHANNELS)
+    )
     state = steps.make_init(method, spec)(jax.random.key(seed))
     return devices_lib.find_devices().replicate(state)
 
@@ -175,7 +178,7 @@ def test_validation_averages_over_the_images(method, count):
     )
     assert found.calibration.to_json() == pytest.approx(expected.to_json(), rel=1e-3)
     new = scoring.fuse_as_new(maps, method="quantile")
-    chosen = thresholds.choose(new, **RATES)
+    chosen = thresholds.choose(new, new.max((1, 2)), **RATES)
     scores = chosen.basis.validation_scores
     assert len(scores) == count
     assert found.decisions.basis.validation_scores == pytest.approx(scores, rel=1e-3)

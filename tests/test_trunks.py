@@ -15,7 +15,7 @@ from ulsad_jax import Detector, artifact, export, predict
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.trunks import base
-from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shape
+from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shapes
 
 TOY = "tests.toy_trunk:TOY"
 FIELDS = {"trunk.architecture": TOY, "train.num_epochs": 1}
@@ -116,5 +116,5 @@ def test_every_trunk_gives_what_it_names():
     for name, architecture in base.collect().items():
         for layers in (architecture.layers, *base.shapes(name)[0]):
             base.check_layers(name, layers)
-            found = feature_shape(FeaturePyramid(name, layers=layers), (64, 96))
-            assert found == (8, 12, 384)
+            found = feature_shapes(FeaturePyramid(name, layers=layers), (64, 96))
+            assert found.shape == (1, 8, 12, 384)

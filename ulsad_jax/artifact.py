@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # those that jax.export supports
 MODEL, METADATA = "model.jax", "metadata.json"  # in the file
-FORMAT = 2
+FORMAT = 3
 LARGEST = 2**31 - 2**26  # bytes; jax.export's format is limited to 2 GiB
 
 
@@ -116,7 +116,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], Weights]:
         trunk=tree.get("trunk"),
         statistics=statistics and ChannelStatistics(**statistics),
         model=tree["model"],
-        calibration=Calibration(**tree["calibration"]),
+        calibration=Calibration.from_arrays(tree["calibration"]),
         thresholds=Thresholds(**tree["thresholds"]),
     )
     return metadata, weights
@@ -136,12 +136,15 @@ def make_function(
         `write` describes it.
     """
     config = Fields(metadata["config"])
-    method = methods.find(config.method).from_config(config)
+    method = methods.make(config)
     pyramid = None
     if weights.trunk is not None:
         trunk, dtype = config.trunk, jnp.dtype(config.train.dtype)
-        pyramid = FeaturePyramid(trunk.architecture, dtype, trunk.layers)
-    predict = make_predict_step(pyramid, method, keep_maps=True)
+        levels = method.takes == methods.LEVELS
+        pyramid = FeaturePyramid(trunk.architecture, dtype, trunk.layers, levels)
+    predict = make_predict_step(
+        pyramid, method, top_share=config.score.top_share, keep_maps=True
+    )
     arrays = as_arrays(weights)
 
     def detect(image: UInt8[Array, "b h w 3"]) -> dict[str, Array]:
@@ -156,7 +159,8 @@ def make_function(
 def describe(run: Run) -> dict[str, Any]:
     """Returns the metadata of the file as a JSON object."""
     config, trunk = run.config, run.trunk
-    groups = ("method", "methods", "model", "losses", "optimizer", "trunk", "train")
+    groups = ("method", "methods", "model", "losses", "optimizer", "score", "trunk")
+    groups += ("train",)
     return {
         "format": FORMAT,
         "versions": {"ulsad_jax": ulsad_jax.__version__, "jax": jax.__version__},

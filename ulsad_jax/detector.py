@@ -57,7 +57,12 @@ class Detector:
         self.decisions = decisions
         self._weights = weights
         made = setup.make(config)
-        self._predict = make_predict_step(made.pyramid, made.method, keep_maps=True)
+        self._predict = make_predict_step(
+            made.pyramid,
+            made.method,
+            top_share=config.score.top_share,
+            keep_maps=True,
+        )
 
     @classmethod
     def load(
@@ -119,7 +124,7 @@ class Detector:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the maps that the anomaly map is the mean of."""
+        """Names of the maps and of the scores of their own."""
         image = jax.ShapeDtypeStruct((1, *self.image_size, 3), np.uint8)
         return tuple(jax.eval_shape(self._predict, self._weights, image).scores)
 
@@ -155,11 +160,13 @@ class Detector:
         for row, prepared in enumerate(batch):
             images[row] = prepared.pixels
         prediction = jax.device_get(self._predict(self._weights, images))
-        if not np.isfinite(prediction.anomaly_map).all():
-            raise UserError(
-                "Expected finite anomaly maps, found NaN or infinity: the checkpoint's "
-                "weights are damaged. Restore its files, or train anew."
-            )
+        for found in (prediction.anomaly_map, *prediction.scores.values()):
+            if not np.isfinite(found).all():
+                raise UserError(
+                    "Expected finite anomaly maps and scores, found NaN or infinity: "
+                    "the checkpoint's weights are damaged. Restore its files, or train "
+                    "anew."
+                )
         for row, prepared in enumerate(batch):
             result = take(prediction, row)
             anomaly_map = resize_map(result.anomaly_map, prepared.size)

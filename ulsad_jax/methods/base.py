@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.struct
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
     from ml_collections import ConfigDict
 
-GRID, IMAGES = "grid", "images"  # values of `Method.takes`
+GRID, LEVELS, IMAGES = "grid", "levels", "images"  # values of `Method.takes`
 TOTAL = "total"  # the loss that ranks checkpoints
+# Names that would collide with the columns and fields of a result.
+RESERVED = ("normalized", "anomaly", "image", "mask")
+NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Spec(NamedTuple):
@@ -71,8 +75,9 @@ class Method:
         axis_name: name of the `jax.pmap` axis over which a batch is split, or None.
     """
 
-    # `GRID` to get standardised features of the trunk; `IMAGES` to get only images, in
-    # which case no trunk is loaded.
+    # `GRID` to get standardised features of the trunk on one grid; `LEVELS` to get raw
+    # outputs of the trunk by name, those of `config.trunk.layers`; `IMAGES` to get only
+    # images, in which case no trunk is loaded.
     takes: ClassVar[str] = GRID
     # Number of passes over the training images; None for that of the config.
     num_epochs: ClassVar[int | None] = None
@@ -86,24 +91,25 @@ class Method:
     axis_name: str | None = None
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> Method:
-        """Makes the method of a resolved config.
+    def from_config(cls, config: ConfigDict, name: str) -> Method:
+        """Makes the method from a resolved config.
 
         Args:
             config: resolved config of a run.
+            name: name of the method's fields in `config.methods`.
 
         Raises:
             UserError: a field of `config.methods.<name>` is unknown; the message names
                 it.
         """
-        fields = own_fields(config)
+        fields = dict(config.methods.get(name, {}))
         known = {field.name for field in dataclasses.fields(cls)}
         known -= {field.name for field in dataclasses.fields(Method)}
-        for name in sorted(fields.keys() - known):
+        for field in sorted(fields.keys() - known):
             raise UserError(
-                f"Expected config.methods.{short_name(config.method)} to hold fields "
-                f"of {config.method} ({', '.join(sorted(known)) or 'it has none'}), "
-                f"found {name!r}. Correct it.{suggest(name, known)}"
+                f"Expected config.methods.{name} to hold fields of {name} "
+                f"({', '.join(sorted(known)) or 'it has none'}), found {field!r}. "
+                f"Correct it.{suggest(field, known)}"
             )
         return cls(dtype=config.train.dtype, **fields)
 
@@ -161,9 +167,10 @@ class Method:
         return {}
 
     def finish(self, state: State) -> State:
-        """Returns the state to validate and save after the last update.
+        """Returns the state to validate and save as a checkpoint.
 
-        It is called once, outside any jitted function, so that arrays may change shape.
+        It is called outside any jitted function, and arrays may change shape. Updates
+        go on from `state`, or after resuming from what it returned for `model`.
         """
         return state
 
@@ -175,6 +182,19 @@ class Method:
             batch: batch of any images; `valid` is ignored.
         """
         raise NotImplementedError
+
+    def scores(self, model: Any, batch: Batch) -> dict[str, Float[Array, " b"]]:
+        """Returns image scores by name, in addition to those of the maps.
+
+        Args:
+            model: `State.model` of a finished state.
+            batch: batch of any images; `valid` is ignored.
+
+        Returns:
+            Scores [b], larger is more anomalous. Empty if there are only maps.
+        """
+        del model, batch
+        return {}
 
     def trace(self, numbers: Mapping[str, Any]) -> Method:
         """Returns the method with some hyperparameters replaced by traced arrays.
@@ -207,11 +227,17 @@ def find(reference: str) -> type[Method]:
     """Returns the method that `config.method` names.
 
     Args:
-        reference: name of a built-in method, or "module:attribute".
+        reference: name of a built-in method, or "module:attribute"; or several, joined
+            with "+", see `branches.combine`.
 
     Raises:
         UserError: there is no such method, or the name refers to something else.
     """
+    parts = reference.split("+")
+    if len(parts) > 1:
+        from ulsad_jax.methods.branches import combine  # it is made from this module
+
+        return combine(tuple(parts))
     known = registry.collect("ulsad_jax.methods", "METHODS")
     found = registry.find(reference, known, field="config.method")
     if not (isinstance(found, type) and issubclass(found, Method)):
@@ -222,14 +248,37 @@ def find(reference: str) -> type[Method]:
     return found
 
 
+def make(config: ConfigDict) -> Method:
+    """Makes the method of a resolved config."""
+    return find(config.method).from_config(config, short_name(config.method))
+
+
+def check_names(maps: Iterable[str], scores: Iterable[str]) -> None:
+    """Checks the names of a method's maps and scores.
+
+    Raises:
+        UserError: there is no map, or a name is taken or contains other characters than
+            letters, digits, "_" and "-".
+    """
+    names = [*maps, *scores]
+    wrong = sorted({n for n in names if n in RESERVED or not NAME.fullmatch(n)})
+    wrong += sorted({n for n in names if names.count(n) > 1})
+    if wrong:
+        raise UserError(
+            "Expected maps and scores of config.method to have different names, of "
+            f"letters, digits, _ and -, and none of {', '.join(RESERVED)}, found "
+            f"{', '.join(map(repr, wrong))}. Rename them."
+        )
+    if not [*maps]:
+        raise UserError(
+            f"Expected a config.method with at least one map, found only scores "
+            f"({', '.join(names)}). Join it with another, such as ulsad+pooled."
+        )
+
+
 def short_name(reference: str) -> str:
     """Returns a method's name in `config.methods`: the part after a colon, if any."""
     return reference.rpartition(":")[2]
-
-
-def own_fields(config: ConfigDict) -> dict[str, Any]:
-    """Returns the fields of the config's method, under `config.methods.<name>`."""
-    return dict(config.methods.get(short_name(config.method), {}))
 
 
 def count_bytes(tree: Any) -> int:

@@ -28,11 +28,12 @@ from ulsad_jax.runtime.rules import (
     at_least,
     one_of,
 )
+from ulsad_jax.scoring import fusion
 from ulsad_jax.trunks import base as trunks
 
 # Format of config.json. Raise it when a field is added or changes its meaning, so that
 # earlier versions reject files that they would misread.
-FORMAT = 1
+FORMAT = 2
 # Values of fields that did not exist yet when a run began, in any format.
 _BEFORE = {
     "dataset.white_level": 0.0,
@@ -41,9 +42,13 @@ _BEFORE = {
     "evaluation.metrics": (),
     "evaluation.original_resolution": False,
     "evaluation.write_maps": False,
+    "score.fusion": "map",
+    "score.weights": {},
+    "score.top_share": 0.0,
     "parallel.backend": "jit",
     "parallel.devices": 0,
     "train.feature_memory": 0.5,
+    "train.num_updates": 0,
     "trunk.layers": "layer2+layer3",
     "trunk.whiten": "never",
 }
@@ -54,7 +59,8 @@ PLACE_FIELDS = ("dataset.root", "dataset.cache_dir", "trunk.path")
 # Fields that may change between two commands on one work directory, because they do
 # not affect what is already trained.
 FREE_FIELDS = (
-    *("train.num_epochs", "train.checkpoint_every", "evaluation."),
+    *("train.num_epochs", "train.num_updates", "train.checkpoint_every"),
+    "evaluation.",
     *("parallel.", "train.feature_memory", *PLACE_FIELDS),
 )
 
@@ -75,11 +81,19 @@ _IMAGE_SIZE = Rule(
     "(height, width), each a multiple of 32 from 64 up, such as (256, 256)",
 )
 
+_WEIGHTS = Rule(
+    lambda v: hasattr(v, "items") and all(map(NOT_NEGATIVE.holds, v.values())),
+    "finite numbers from 0 up by the names of scores",
+)
+
 _RULES = {
     "seed": _SEED,
     "image_size": _IMAGE_SIZE,
     "selection": one_of(*SELECTIONS),
     "calibration": one_of("quantile", "none"),
+    "score.fusion": one_of(fusion.MAP, fusion.SCORES),
+    "score.weights": _WEIGHTS,
+    "score.top_share": FRACTION,
     "threshold.image_fpr": SHARE,
     "threshold.pixel_fpr": SHARE,
     "method": NOT_EMPTY,
@@ -94,6 +108,7 @@ _RULES = {
     "trunk.whiten": one_of(*WHITEN),
     "train.batch_size": at_least(1),
     "train.num_epochs": at_least(1),
+    "train.num_updates": at_least(0),
     "train.checkpoint_every": at_least(1),
     "train.dtype": one_of("float32", "bfloat16"),
     "train.feature_memory": FRACTION,
@@ -191,7 +206,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     The copy omits the fields of methods other than the run's.
 
     A run keeps the values that "auto" had when it began. To change a rule here, raise
-    `FORMAT`, and keep the present rule for files of formats 0 and 1, which may contain
+    `FORMAT`, and keep the present rule for files of earlier formats, which may contain
     "auto".
     """
     resolved = config.copy_and_resolve_references()
@@ -201,16 +216,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
     method = methods.find(resolved.method)
     if method.num_epochs is not None:
         resolved.train.num_epochs = method.num_epochs
+        resolved.train.num_updates = 0
+    names = {methods.short_name(part) for part in resolved.method.split("+")}
     with resolved.unlocked():  # omit the fields of other methods
-        name = methods.short_name(resolved.method)
-        own = resolved.methods.get(name)
-        resolved.methods = ConfigDict({name: own} if own is not None else {})
+        own = {k: v for k, v in resolved.methods.items() if k in names}
+        resolved.methods = ConfigDict(own)
     return resolved
 
 
 def needs_trunk(config: ConfigDict) -> bool:
     """Returns whether the method takes features of a trunk."""
-    return methods.find(config.method).takes == methods.GRID
+    return methods.find(config.method).takes != methods.IMAGES
 
 
 def whitens(config: ConfigDict) -> bool:
@@ -277,7 +293,7 @@ def _fill(fields: dict[str, Any]) -> None:
 
 
 def _check_fields(config: ConfigDict) -> None:
-    known = dict(flatten(config))
+    known = dict(flatten(config)) | {"score.weights": config.score.weights}
     if missing := [name for name in _RULES if name not in known]:
         raise ValueError(f"no config.{', config.'.join(missing)}")
 

@@ -11,7 +11,7 @@ import numpy as np
 from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import folder as files_of
-from ulsad_jax.runs import loop, saved, steps, testing
+from ulsad_jax.runs import loop, saved, steps, testing, validation
 from ulsad_jax.runs.category import CategoryRun
 from ulsad_jax.runtime import stages
 from ulsad_jax.runtime.devices import host_bytes
@@ -75,12 +75,13 @@ def count_steps(run: CategoryRun) -> int:
         UserError: there are too few training images for one batch.
     """
     config = run.config.train
-    return config.num_epochs * steps.steps_per_epoch(
+    per_epoch = steps.steps_per_epoch(
         len(run.data.train),
         config.batch_size,
         validation=len(run.data.validation),
         whole_only=not run.setup.method.sees_every_image,
     )
+    return per_epoch * steps.count_epochs(config, per_epoch)
 
 
 def is_trained(run: CategoryRun, store: CheckpointStore) -> bool:
@@ -97,10 +98,11 @@ def is_trained(run: CategoryRun, store: CheckpointStore) -> bool:
     run.check_data()
     wanted = count_steps(run)
     if latest > wanted or (latest == wanted and not store.is_complete(latest)):
-        epochs = run.config.train.num_epochs
+        train = run.config.train
+        field = "num_updates" if train.num_updates else "num_epochs"
         raise UserError(
-            "Expected config.train.num_epochs to be raised, or as it was, found "
-            f"{epochs}, which are {wanted} updates; {run.folder} has been "
+            f"Expected config.train.{field} to be raised, or as it was, found "
+            f"{train[field]}, which are {wanted} updates; {run.folder} has been "
             f"trained for {latest}. Raise it, or train anew in another --workdir."
         )
     return latest == wanted
@@ -126,14 +128,15 @@ def make_trainer(
     """
     config = run.config
     run.keep_data()
-    validate = loop.make_validate(
+    validate = validation.make_validate(
         run.setup.method,
         normals.validation,
         devices=run.devices,
         batch_size=run.batch_size(run.data.validation),
         calibrate=config.calibration,
+        score=config.score,
+        threshold=config.threshold,
         numbers=numbers,
-        **config.threshold,
     )
     return kind(
         config,

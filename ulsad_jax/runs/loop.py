@@ -1,26 +1,24 @@
-"""Trains one category: training loop, validation, checkpoints, resuming and signals."""
+"""Trains one category: training loop, checkpoints, resuming and signals."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax.methods.base import TOTAL, Batch, Method, State
+from ulsad_jax.methods.base import TOTAL, Method, State
 from ulsad_jax.runs import steps
-from ulsad_jax.runtime import hosts
+from ulsad_jax.runs.validation import Losses, Validation
 from ulsad_jax.runtime.devices import Devices
 from ulsad_jax.runtime.errors import Diverged, Interrupted
 from ulsad_jax.runtime.progress import progress
-from ulsad_jax.scoring import calibration, thresholds
 from ulsad_jax.trunks import sources
 
 if TYPE_CHECKING:
@@ -30,99 +28,6 @@ if TYPE_CHECKING:
     from ulsad_jax.runtime.checkpoint import CheckpointStore
     from ulsad_jax.runtime.writer import Silence, Writer
     from ulsad_jax.trunks.weights import TrunkIdentity
-
-Losses = dict[str, float]
-
-
-class Validation(NamedTuple):
-    """Results of a checkpoint on the validation normals.
-
-    Attributes:
-        losses: losses by name, averaged over the images.
-        calibration: calibration of the maps.
-        decisions: thresholds of calibrated maps, and the data behind them.
-    """
-
-    losses: Losses
-    calibration: calibration.Calibration
-    decisions: thresholds.Decisions
-
-
-@functools.lru_cache
-def make_validation_step(
-    method: Method,
-) -> Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
-    """Returns a jitted `step(model, batch, updates, numbers)`, cached by method.
-
-    `updates` is the number of updates so far. The step returns the losses of the valid
-    rows, and raw maps of all rows.
-
-    Args:
-        method: method that computes losses and maps.
-    """
-
-    @jax.jit
-    def step(model, batch: Batch, updates, numbers):
-        own = method.trace(numbers)
-        return own.losses(model, batch, updates), own.maps(model, batch)
-
-    return step
-
-
-def make_validate(
-    method: Method,
-    source: sources.FeatureSource,
-    *,
-    devices: Devices,
-    batch_size: int,
-    calibrate: str,
-    image_fpr: float,
-    pixel_fpr: float,
-    numbers: Mapping[str, np.ndarray] | None = None,
-) -> Callable[[Any, int], Validation]:
-    """Returns `validate(model, updates)`, which runs over all validation normals.
-
-    `updates` is the number of updates so far.
-
-    Args:
-        method: method that computes losses and maps.
-        source: images and features of the validation normals.
-        devices: devices over which batches are split.
-        batch_size: number of images in a batch, a multiple of the number of devices.
-        calibrate: name of the calibration method, see `calibration.calibrate`.
-        image_fpr: share of normal images that may be called anomalous, see
-            `thresholds.choose`.
-        pixel_fpr: share of normal images' pixels that may be in the mask, see
-            `thresholds.choose`.
-        numbers: scalar arrays by config field, see `Method.trace`.
-    """
-    count = len(source)
-    step = make_validation_step(method)
-
-    def validate(model: Any, updates: int) -> Validation:
-        sums: dict[str, float] = {}
-        maps: dict[str, np.ndarray] = {}
-        for start in range(0, count, batch_size):
-            # Wrap around at the end: all batches have one shape, compiled once.
-            rows = np.arange(start, start + batch_size)
-            own = min(batch_size, count - start)
-            batch = sources.load(source, rows % count, own, devices)
-            losses, new = hosts.gather(step(model, batch, updates, numbers or {}))
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * own
-            for name, values in new.items():
-                kept = maps.setdefault(
-                    name, np.empty((count, *values.shape[1:]), np.float32)
-                )
-                kept[start : start + own] = values[:own]
-        fused = calibration.fuse_as_new(maps, method=calibrate)
-        return Validation(
-            {name: value / count for name, value in sums.items()},
-            calibration.calibrate(maps, method=calibrate),
-            thresholds.choose(fused, image_fpr=image_fpr, pixel_fpr=pixel_fpr),
-        )
-
-    return validate
 
 
 class Trainer:
@@ -140,7 +45,7 @@ class Trainer:
         method: Method,
         devices: Devices,
         normals: sources.Normals,
-        features: tuple[int, int, int] | None,
+        features: Any,
         validate: Callable[[Any, int], Validation],
         store: CheckpointStore,
         writer: Writer | Silence,
@@ -157,8 +62,8 @@ class Trainer:
             devices: devices over which batches are split.
             normals: images and features for training and validation, and the statistics
                 of the features, which are saved with the model.
-            features: shape (gh, gw, c) of an image's features, or None.
-            validate: function from `make_validate`.
+            features: shapes of one image's features, or None.
+            validate: function from `validation.make_validate`.
             store: store of the checkpoints.
             writer: writer of the metrics.
             trunk: identity of the trunk, saved with every checkpoint, or None.
@@ -175,6 +80,7 @@ class Trainer:
         self._steps_per_epoch = steps.steps_per_epoch(
             len(self._train), batch, whole_only=not method.sees_every_image
         )
+        self._epochs = steps.count_epochs(config.train, self._steps_per_epoch)
         spec = steps.make_spec(
             batch, self._train.image_size, features, len(self._train)
         )
@@ -193,17 +99,16 @@ class Trainer:
             Diverged: a loss is not finite.
         """
         self._resume()
-        epochs, per_epoch = self._config.train.num_epochs, self._steps_per_epoch
-        step = int(self._state.step)
+        per_epoch, step = self._steps_per_epoch, int(self._state.step)
         with stop_signals() as stop:
-            for epoch in range(step // per_epoch, epochs):
+            for epoch in range(step // per_epoch, self._epochs):
                 started = time.perf_counter()
                 self._run_epoch(epoch, stop)
                 step = int(self._state.step)
                 if step == (epoch + 1) * per_epoch:
                     self._end_epoch(epoch, time.perf_counter() - started)
                 if asked := self._devices.ask(stop):
-                    self._save()
+                    self._save(self._state)
                     self._store.wait()
                     raise Interrupted(stop[0] if stop else int(asked), step)
         self._store.wait()
@@ -213,13 +118,13 @@ class Trainer:
 
         Losses are fetched one step late, so that the device does not wait for the host.
         """
-        config, per_epoch = self._config, self._steps_per_epoch
+        per_epoch = self._steps_per_epoch
         order = self._order(epoch)
         first = int(self._state.step) - epoch * per_epoch
         pending = None
         indices = progress(
             range(first, per_epoch),
-            f"[{self._category}] epoch {epoch + 1}/{config.train.num_epochs}",
+            f"[{self._category}] epoch {epoch + 1}/{self._epochs}",
             unit=" steps",
         )
         for i in indices:
@@ -276,16 +181,15 @@ class Trainer:
 
     def _end_epoch(self, epoch: int, seconds: float) -> None:
         """Reports the epoch and, if a checkpoint is due, validates and saves."""
-        config, step = self._config.train, int(self._state.step)
-        validation, metrics = None, {}
+        step = int(self._state.step)
+        validation, metrics, finished = None, {}, None
         losses = {k: v / self._steps_per_epoch for k, v in self._sums.items()}
         self._sums = {}
         record: dict[str, float] = {f"loss/{k}": v for k, v in losses.items()}
-        last = epoch + 1 == config.num_epochs
-        if last:
-            self._state = self._method.finish(self._state)
-        if last or (epoch + 1) % config.checkpoint_every == 0:
-            validation = self._validate(self._state.model, step)
+        last = epoch + 1 == self._epochs
+        if last or (epoch + 1) % self._config.train.checkpoint_every == 0:
+            finished = self._method.finish(self._state)
+            validation = self._validate(finished.model, step)
             # The training losses are those before the last update.
             where = f"in validation after step {step}"
             self._check_finite(validation.losses, where, updates=step)
@@ -293,23 +197,29 @@ class Trainer:
             # Without losses, all checkpoints rank equally.
             metrics = {"validation_loss": validation.losses.get(TOTAL, 0.0)}
             if self._score_test is not None:
-                auroc = self._score_test(self._state.model, validation.calibration)
+                auroc = self._score_test(finished.model, validation.calibration)
                 record["test/image_auroc"] = metrics["test_image_auroc"] = auroc
         # Before saving: a resumed run rewrites a report that it finds, but cannot
         # restore a missing one.
-        self._writer.epoch(epoch + 1, config.num_epochs, step, record, seconds)
-        if validation is not None:
-            self._save(validation, metrics)
+        self._writer.epoch(epoch + 1, self._epochs, step, record, seconds)
+        if validation is None:
+            return
+        if last:
+            self._state = finished
+        else:  # updates may need what `finish` leaves out
+            finished = finished.replace(training=self._state.training)
+        self._save(finished, validation, metrics)
 
     def _save(
         self,
+        state: State,
         validation: Validation | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         self._store.save(
-            int(self._state.step),
-            model=steps.model_item(self._state.model, self._statistics),
-            optimizer=self._state.training,
+            int(state.step),
+            model=steps.model_item(state.model, self._statistics),
+            optimizer=state.training,
             progress={"sums": self._sums, "trunk": self._trunk},
             calibration=validation and validation.calibration.to_json(),
             decisions=validation and validation.decisions.to_json(),
@@ -324,7 +234,8 @@ class Trainer:
             return
         item, training, saved = self._store.restore_training(
             step,
-            model=steps.model_item(self._state.model, self._statistics),
+            self._devices.everywhere,
+            model=steps.saved_shapes(self._method, self._state.model, self._statistics),
             optimizer=self._state.training,
         )
         model, _ = steps.read_model_item(item)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from ulsad_jax.methods.base import Method
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runs import setup, steps
@@ -90,6 +89,7 @@ def load_trunk(config: ConfigDict, workdir: Path) -> Trunk | None:
 
 def load(
     config: ConfigDict,
+    made: setup.Setup,
     folder: Path,
     trunk: Trunk | None,
     *,
@@ -102,6 +102,7 @@ def load(
 
     Args:
         config: resolved config of the run.
+        made: method and pyramid of the config.
         folder: folder of the category.
         trunk: trunk of the run, or None.
         step: number of updates of the checkpoint; by default that of the checkpoint
@@ -114,7 +115,7 @@ def load(
         UserError: the checkpoint does not exist, is damaged, or was written with
             another trunk or by another version.
     """
-    like = _model_shapes(config)
+    like = _model_shapes(made, config.train.batch_size)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     while True:
         with files_of.open_store(config, folder, read_only=True) as store:
@@ -175,6 +176,7 @@ def load_run(
     trunk = load_trunk(config, workdir)
     found = load(
         config,
+        setup.make(config),
         folder,
         trunk,
         image_threshold=image_threshold,
@@ -183,18 +185,15 @@ def load_run(
     return Run(config, folder.name, trunk and trunk.identity, *found)
 
 
-def _model_shapes(config: ConfigDict) -> Any:
+def _model_shapes(made: setup.Setup, batch_size: int) -> Any:
     """Returns the shapes of `model_item`; None if `Method.finish` is overridden."""
-    made = setup.make(config)
-    method, spec = made.method, made.spec(config.train.batch_size)
-    if type(method).finish is not Method.finish:
-        return None
+    method, spec = made.method, made.spec(batch_size)
     state = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
     statistics = None
-    if made.features is not None:
-        channels = made.features[-1:]
+    if isinstance(made.features, jax.ShapeDtypeStruct):
+        channels = made.features.shape[-1:]
         shapes = [channels, channels, *[2 * channels] * made.whiten]
         statistics = ChannelStatistics(
             *(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
         )
-    return steps.model_item(state.model, statistics)
+    return steps.saved_shapes(method, state.model, statistics)

@@ -11,7 +11,7 @@ from ulsad_jax.methods import base as methods
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import steps
 from ulsad_jax.trunks import weights as trunk_weights
-from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shape
+from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shapes
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -37,11 +37,9 @@ class Setup:
     whiten: bool
 
     @property
-    def features(self) -> tuple[int, int, int] | None:
-        """Shape (gh, gw, c) of an image's features; None without features."""
-        if self.pyramid is None:
-            return None
-        return feature_shape(self.pyramid, self.image_size)
+    def features(self) -> Any:
+        """Shapes of one image's features; None without features."""
+        return self.pyramid and feature_shapes(self.pyramid, self.image_size)
 
     def spec(self, batch_size: int, num_images: int = 0) -> Spec:
         """Returns the shapes of the training data, see `steps.make_spec`."""
@@ -57,11 +55,15 @@ def make(config: ConfigDict) -> Setup:
     Raises:
         UserError: the method is unknown, or does not take a field of the config.
     """
-    method = methods.find(config.method).from_config(config)
+    method = methods.make(config)
     pyramid = None
-    if method.takes == methods.GRID:
-        trunk, dtype = config.trunk, jnp.dtype(config.train.dtype)
-        pyramid = FeaturePyramid(trunk.architecture, dtype, trunk.layers)
+    if method.takes != methods.IMAGES:
+        pyramid = FeaturePyramid(
+            config.trunk.architecture,
+            jnp.dtype(config.train.dtype),
+            config.trunk.layers,
+            levels=method.takes == methods.LEVELS,
+        )
     return Setup(method, pyramid, tuple(config.image_size), config_lib.whitens(config))
 
 

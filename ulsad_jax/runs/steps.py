@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from flax.core import FrozenDict
 
 from ulsad_jax.methods.base import Batch, Method, Spec, State
 from ulsad_jax.runtime import compilation
@@ -19,6 +20,7 @@ from ulsad_jax.trunks.features import ChannelStatistics
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+    from ml_collections import ConfigDict
 
     Step = Callable[
         [State, Batch, jax.Array], tuple[State, dict[str, Float[Array, ""]]]
@@ -38,7 +40,7 @@ def initial_key(seed: int, category: str) -> jax.Array:
 def make_spec(
     batch_size: int,
     image_size: tuple[int, int],
-    features: tuple[int, int, int] | None,
+    features: Any,
     num_images: int = 0,
 ) -> Spec:
     """Returns the shapes of the training data.
@@ -46,14 +48,19 @@ def make_spec(
     Args:
         batch_size: number of images in a batch.
         image_size: (height, width) in pixels.
-        features: shape (gh, gw, c) of an image's features, or None.
+        features: shapes of one image's features, see `pyramid.feature_shapes`; or None.
         num_images: number of training images; 0 if it is not known.
     """
     shape = jax.ShapeDtypeStruct
+    if isinstance(features, dict):
+        features = FrozenDict(features)  # `make_init` is cached by the spec
     batch = Batch(
         image=shape((batch_size, *image_size, 3), np.uint8),
-        features=features and shape((batch_size, *features), np.float32),
+        features=jax.tree.map(
+            lambda x: shape((batch_size, *x.shape[1:]), x.dtype), features
+        ),
         valid=shape((batch_size,), np.bool_),
+        index=shape((batch_size,), np.int32),
     )
     return Spec(batch, num_images)
 
@@ -155,6 +162,16 @@ def steps_per_epoch(
     return count // batch_size
 
 
+def count_epochs(train: ConfigDict, per_epoch: int) -> int:
+    """Returns the number of epochs of a complete training.
+
+    Args:
+        train: `config.train`.
+        per_epoch: number of updates in an epoch.
+    """
+    return -(-train.num_updates // per_epoch) or train.num_epochs
+
+
 def epoch_order(
     count: int, *, seed: int, category: str, epoch: int
 ) -> Int[np.ndarray, " count"]:
@@ -184,6 +201,15 @@ def model_item(model: Any, statistics: ChannelStatistics | None) -> dict[str, An
             channels["whitening"] = statistics.whitening
         item["channels"] = channels
     return item
+
+
+def saved_shapes(
+    method: Method, model: Any, statistics: ChannelStatistics | None
+) -> dict[str, Any] | None:
+    """Returns `model_item`, or None if `Method.finish` may change its shapes."""
+    if type(method).finish is not Method.finish:
+        return None
+    return model_item(model, statistics)
 
 
 def read_model_item(

@@ -57,6 +57,7 @@ def evaluate(
     given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
     step, weights, decisions = saved.load(
         run.config,
+        run.setup,
         run.folder,
         run.trunk,
         step=step,
@@ -70,7 +71,7 @@ def evaluate(
         return
     test = run.data.test
     images = [record.image for record in test.records]
-    evaluation.check_finite(prediction.anomaly_map, images)
+    evaluation.check_finite(prediction, images)
     with (
         warnings.catch_warnings(record=True) as undefined,
         stages.measure(timings, "metrics"),
@@ -132,7 +133,7 @@ def predict_uncalibrated(run: CategoryRun, step: int) -> tuple[Prediction, Truth
         run: category to evaluate.
         step: number of updates of the checkpoint.
     """
-    _, weights, _ = saved.load(run.config, run.folder, run.trunk, step=step)
+    _, weights, _ = saved.load(run.config, run.setup, run.folder, run.trunk, step=step)
     raw = dataclasses.replace(weights, calibration=Calibration())
     return predict_test(run, raw)
 
@@ -144,7 +145,9 @@ def predict_test(run: CategoryRun, weights: Weights) -> tuple[Prediction, Truth]
         run: category to evaluate.
         weights: weights of the checkpoint.
     """
-    predict = make_predict_step(run.setup.pyramid, run.setup.method)
+    predict = make_predict_step(
+        run.setup.pyramid, run.setup.method, top_share=run.config.score.top_share
+    )
     placed, split = run.devices.replicate(weights), run.devices.split
     image = jax.ShapeDtypeStruct((1, *run.setup.image_size, 3), np.uint8)
     return predict_split(

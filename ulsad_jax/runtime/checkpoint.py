@@ -187,10 +187,22 @@ class CheckpointStore:
         return max(ranked)[1]
 
     def restore_training(
-        self, step: int, *, model: Any, optimizer: Any
+        self,
+        step: int,
+        sharding: jax.sharding.Sharding,
+        *,
+        model: Any,
+        optimizer: Any,
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Returns (model, optimizer, progress), with trees like the given ones."""
-        items = {"model": model, "progress": None}
+        """Returns (model, optimizer, progress), with trees like the given ones.
+
+        Args:
+            step: step of the checkpoint.
+            sharding: placement of the model's arrays.
+            model: tree with the shapes of the model; None for the saved shapes.
+            optimizer: tree with the shapes of the optimizer's state.
+        """
+        items = {"model": self._place(step, sharding, model), "progress": None}
         if jax.tree.leaves(optimizer):
             items["optimizer"] = {"state": optimizer}
         restored = self._restore(step, **items)
@@ -215,11 +227,7 @@ class CheckpointStore:
             UserError: the shapes differ, an item is damaged, or the checkpoint has no
                 calibration or decisions.
         """
-        if like is None:
-            like = self._read_shapes(step, "model")
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
-        )
+        like = self._place(step, sharding, like)
         restored = self._restore(step, model=like, calibration=None, decisions=None)
         return restored["model"], restored["calibration"], restored["decisions"]
 
@@ -227,6 +235,14 @@ class CheckpointStore:
         """Waits until everything is on disk, and raises the errors of saving."""
         with storage_errors(self._folder):
             self._manager.wait_until_finished()
+
+    def _place(self, step: int, sharding: jax.sharding.Sharding, like: Any) -> Any:
+        """Returns the shapes of a model, by default the saved ones, with a sharding."""
+        if like is None:
+            like = self._read_shapes(step, "model")
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+        )
 
     def _read_shapes(self, step: int, name: str) -> Any:
         """Reads the saved shapes of a tree of arrays; methods may change shapes."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ulsad_jax.nn.layers import resize_matrix
+from ulsad_jax.scoring.fusion import Fusion
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -34,26 +35,30 @@ class Calibration:
     Attributes:
         offset: offset by a map's name, in that map's unit.
         scale: scale by a map's name.
+        fusion: fusion of the image scores; None if an image's score is that of its
+            anomaly map.
         display_low: fused value of the coldest colour in every picture of a run.
         display_high: fused value of the hottest colour in every picture of a run.
     """
 
     offset: dict[str, float] = flax.struct.field(default_factory=dict)
     scale: dict[str, float] = flax.struct.field(default_factory=dict)
+    fusion: Fusion | None = None
     display_low: float = 0.0
     display_high: float = 1.0
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """Returns {"<map>_offset": ..., "<map>_scale": ..., "display_low": ...}."""
         return {
             **{f"{name}_offset": value for name, value in self.offset.items()},
             **{f"{name}_scale": value for name, value in self.scale.items()},
+            "fusion": self.fusion and vars(self.fusion),
             "display_low": self.display_low,
             "display_high": self.display_high,
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, float]) -> Calibration:
+    def from_json(cls, document: Mapping[str, Any]) -> Calibration:
         """Returns the calibration from the result of `to_json`."""
         fields: dict[str, Any] = {"offset": {}, "scale": {}}
         for key, value in document.items():
@@ -62,7 +67,13 @@ class Calibration:
                 fields[kind][name] = value
             else:
                 fields[key] = value
-        return cls(**fields)
+        return cls.from_arrays(fields)
+
+    @classmethod
+    def from_arrays(cls, fields: Mapping[str, Any]) -> Calibration:
+        """Returns the calibration from its fields, with those of `fusion` in a dict."""
+        fusion = fields.get("fusion")
+        return cls(**{**fields, "fusion": fusion and Fusion(**fusion)})
 
 
 def enlarge_and_blur(
@@ -94,11 +105,6 @@ def calibrate_maps(
         name: (m - offset[name]) * scale[name] if name in offset else m
         for name, m in maps.items()
     }
-
-
-def image_score(anomaly_map: Float[Array, "b h w"]) -> Float[Array, " b"]:
-    """Returns the score of each image: the maximum of its map."""
-    return anomaly_map.max((1, 2))
 
 
 def calibrate(maps: Maps, *, method: str) -> Calibration:

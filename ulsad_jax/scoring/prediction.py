@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ulsad_jax.scoring import calibration, thresholds
+from ulsad_jax.scoring.fusion import image_score
 from ulsad_jax.trunks import features
 from ulsad_jax.trunks.sources import Batch
 
@@ -48,10 +49,10 @@ class Prediction:
 
     Attributes:
         anomaly_map: [b, h, w] float32, the mean of `maps`.
-        score: [b], the maximum of the anomaly map.
+        score: [b], the score of the anomaly map, or the fusion of `scores`.
         normalized_score: [b], see `thresholds.normalize`.
         is_anomalous: [b] bool, True if the score is above the image threshold.
-        scores: {name: [b]}, the maximum of each calibrated map.
+        scores: {name: [b]}, the scores of each calibrated map, and the method's own.
         mask_area: [b] int32, number of pixels of the anomaly map above the pixel
             threshold.
         maps: {name: [b, h, w]} float32, calibrated; empty if they are not kept.
@@ -68,7 +69,11 @@ class Prediction:
 
 @functools.lru_cache
 def make_predict_step(
-    pyramid: FeaturePyramid | None, method: Method, *, keep_maps: bool = False
+    pyramid: FeaturePyramid | None,
+    method: Method,
+    *,
+    top_share: float = 0.0,
+    keep_maps: bool = False,
 ) -> Callable[[Weights, UInt8[Array, "b h w 3"]], Prediction]:
     """Returns the jitted `predict(weights, image)`, from uint8 images to a prediction.
 
@@ -76,7 +81,8 @@ def make_predict_step(
 
     Args:
         pyramid: network that computes features; None for a method that takes images.
-        method: method that computes maps.
+        method: method that computes maps and scores.
+        top_share: share of a map's pixels in its score, see `fusion.image_score`.
         keep_maps: True to return every calibrated map.
     """
 
@@ -89,13 +95,16 @@ def make_predict_step(
         maps = method.maps(weights.model, batch)
         calibrated = calibration.calibrate_maps(maps, weights.calibration)
         fused = calibration.fuse(maps, weights.calibration)
-        score = calibration.image_score(fused)
+        scores = {n: image_score(m, top_share) for n, m in calibrated.items()}
+        scores |= method.scores(weights.model, batch)
+        fusion = weights.calibration.fusion
+        score = fusion(scores) if fusion else image_score(fused, top_share)
         return Prediction(
             anomaly_map=fused,
             score=score,
             normalized_score=thresholds.normalize(score, weights.thresholds),
             is_anomalous=score > weights.thresholds.image,
-            scores={n: calibration.image_score(m) for n, m in calibrated.items()},
+            scores=scores,
             mask_area=(fused > weights.thresholds.pixel).sum((1, 2), dtype=np.int32),
             maps=calibrated if keep_maps else {},
         )

@@ -130,9 +130,13 @@ class Decisions:
 
 
 def choose(
-    maps: Float[np.ndarray, "n h w"], *, image_fpr: float, pixel_fpr: float
+    maps: Float[np.ndarray, "n h w"],
+    scores: Float[np.ndarray, " n"],
+    *,
+    image_fpr: float,
+    pixel_fpr: float,
 ) -> Decisions:
-    """Chooses both thresholds on the maps of n validation normals.
+    """Chooses both thresholds on the maps and scores of n validation normals.
 
     The image threshold is split conformal prediction's quantile (Vovk, Gammerman &
     Shafer, "Algorithmic Learning in a Random World", 2005): the k-th of the scores in
@@ -154,11 +158,12 @@ def choose(
 
     Args:
         maps: [n, h, w], each computed as if its image were new, see
-            `scoring.fuse_as_new`.
+            `calibration.fuse_as_new`.
+        scores: [n], computed likewise.
         image_fpr: share of normal images called anomalous, in (0, 1).
         pixel_fpr: share of normal images' pixels in the mask, in (0, 1).
     """
-    scores = np.sort(maps.max((1, 2)))
+    scores = np.sort(scores)
     n = len(scores)
     # - 1e-9: a rounding error must not raise k.
     k = min(n, max(1, math.ceil((n + 1) * (1 - image_fpr) - 1e-9)))

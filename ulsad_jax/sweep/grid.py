@@ -22,7 +22,8 @@ SEED = "seed"
 # validation and the loop.
 OUTSIDE_STEP = (
     *("seed", "selection", "calibration", "threshold.", "dataset.", "trunk."),
-    *("evaluation.", "train.num_epochs", "train.checkpoint_every"),
+    *("evaluation.", "train.num_epochs", "train.num_updates"),
+    *("train.checkpoint_every", "score."),
 )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from ulsad_jax.data.batches import Category, Examples
@@ -15,7 +16,9 @@ from ulsad_jax.trunks.features import ChannelStatistics, channel_statistics
 from ulsad_jax.trunks.sources import Normals, extract
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, UInt8
+    from jaxtyping import Int, UInt8
+
+    from ulsad_jax.trunks.pyramid import Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +30,14 @@ class Rows:
 
     Attributes:
         images: uint8 [n, h, w, 3].
-        raw: float32 [n, gh, gw, c], not standardised; None without features.
+        raw: float32 [n, gh, gw, c], or several by name, not standardised; or None.
         rows: int [k], indices of the images of this split.
-        statistics: statistics of the member's training images; None without features.
+        statistics: statistics of the member's training images, which standardise its
+            features; None to leave them as they are.
     """
 
     images: np.ndarray
-    raw: np.ndarray | None
+    raw: Any
     rows: np.ndarray
     statistics: ChannelStatistics | None
 
@@ -48,12 +52,13 @@ class Rows:
 
     def batch(
         self, rows: Int[np.ndarray, " b"]
-    ) -> tuple[UInt8[np.ndarray, "b h w 3"], Float[np.ndarray, "b gh gw c"] | None]:
-        """Returns images and standardised features of some of this split's rows."""
-        rows = self.rows[rows]
-        if self.raw is None:
-            return self.images[rows], None
-        return self.images[rows], self.statistics.standardize(self.raw[rows])
+    ) -> tuple[UInt8[np.ndarray, "b h w 3"], Features | None]:
+        """Returns images and features of some of this split's rows."""
+        chosen = self.rows[rows]
+        images, raw = jax.tree.map(lambda x: x[chosen], (self.images, self.raw))
+        if self.statistics is None:
+            return images, raw
+        return images, self.statistics.standardize(raw)
 
 
 class Source:
@@ -102,7 +107,7 @@ class Source:
             for split in (data.train, data.validation)
         )
         statistics = None
-        if self._raw is not None:
+        if isinstance(self._raw, np.ndarray):  # levels are not standardised
             rows = (self._raw[row] for row in train)
             statistics = channel_statistics(rows, whiten=whiten)
         return Normals(

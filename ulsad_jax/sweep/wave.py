@@ -16,6 +16,7 @@ from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import steps
 from ulsad_jax.runs.loop import Trainer, stop_signals
 from ulsad_jax.runtime.errors import Diverged, Interrupted
+from ulsad_jax.trunks import sources
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -172,7 +173,7 @@ class MemberTrainer(Trainer):
     @property
     def is_done(self) -> bool:
         """True if the member has no more steps to take."""
-        last = self._config.train.num_epochs * self._steps_per_epoch
+        last = self._epochs * self._steps_per_epoch
         return bool(self.failure) or self._step >= last
 
     def next_batch(self) -> Batch:
@@ -184,8 +185,7 @@ class MemberTrainer(Trainer):
         if epoch != self._epoch_order[0]:
             self._epoch_order = epoch, self._order(epoch)
         rows, count = self._rows(self._epoch_order[1], i)
-        images, features = self._train.batch(rows)
-        return Batch(images, features, np.arange(len(rows)) < count)
+        return sources.read(self._train, rows, count)
 
     @property
     def key(self) -> jax.Array:
@@ -224,9 +224,7 @@ class MemberTrainer(Trainer):
 
     def save(self, state: State) -> None:
         """Saves the state within an epoch."""
-        self._state = state
-        self._save()
-        self._state = None
+        self._save(state)
 
     def finish(self) -> None:
         """Waits until all checkpoints are on disk."""

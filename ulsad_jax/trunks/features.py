@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
 
-    from ulsad_jax.trunks.pyramid import FeaturePyramid
+    from ulsad_jax.trunks.pyramid import FeaturePyramid, Features
 
 # A channel whose variance is below this share of its mean square never changes.
 DEAD_CHANNEL = 1e-12
@@ -52,7 +52,7 @@ def apply(
     trunk: Mapping[str, Any],
     image: UInt8[Array, "b h w 3"],
     statistics: ChannelStatistics | None = None,
-) -> Float[Array, "b gh gw c"]:
+) -> Features:
     """Returns the features of images, as a pure function.
 
     Args:
@@ -71,7 +71,7 @@ def make_extractor(
     trunk: Mapping[str, Any],
     statistics: ChannelStatistics | None = None,
     put: Callable[[Any], Any] = jax.device_put,
-) -> Callable[[UInt8[Array, "b h w 3"]], Float[Array, "b gh gw c"]]:
+) -> Callable[[UInt8[Array, "b h w 3"]], Features]:
     """Returns a jitted function from images to features.
 
     Args:
@@ -124,7 +124,7 @@ def channel_statistics(
 
 
 @functools.lru_cache
-def _jit(pyramid: FeaturePyramid) -> Callable[..., Float[Array, "b gh gw c"]]:
+def _jit(pyramid: FeaturePyramid) -> Callable[..., Features]:
     """Returns a jitted `apply`, which is compiled once for equal networks."""
 
     @jax.jit

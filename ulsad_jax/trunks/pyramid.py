@@ -18,6 +18,9 @@ from ulsad_jax.trunks import base
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
 
+    # One array, or with `levels` one for each output's name.
+    Features = Float[Array, "b gh gw c"] | dict[str, Float[Array, "b gh gw c"]]
+
 
 def pyramid_variables(architecture: str, trunk: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the variables of a `FeaturePyramid`.
@@ -34,17 +37,19 @@ class FeaturePyramid(nn.Module):
     """A trunk whose outputs are resized to one grid and concatenated.
 
     The channels are pooled if the architecture says so. The variables are those of
-    `pyramid_variables`.
+    `pyramid_variables`. With `levels`, it returns the outputs themselves.
 
     Attributes:
         architecture: name of the trunk's architecture; see `base.find`.
         dtype: computation type of the trunk.
         layers: names of outputs, joined with "+"; None for the architecture's own.
+        levels: True to return the outputs by name, each at its own size.
     """
 
     architecture: str
     dtype: DTypeLike = jnp.float32
     layers: str | None = None
+    levels: bool = False
 
     def setup(self):
         """Makes the trunk."""
@@ -53,36 +58,37 @@ class FeaturePyramid(nn.Module):
 
     def __call__(
         self, image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
-    ) -> Float[Array, "b gh gw c"]:
+    ) -> Features:
         """Returns features in float32, not standardised."""
         architecture = base.find(self.architecture)
         outputs = self.trunk(image)
+        chosen = {
+            name: outputs[name].astype(jnp.float32)
+            for name in (self.layers or architecture.layers).split("+")
+        }
+        if self.levels:
+            return chosen
         size = outputs[architecture.grid].shape[1:3]
-        features = jnp.concatenate(
-            [
-                resize(outputs[name].astype(jnp.float32), size)
-                for name in (self.layers or architecture.layers).split("+")
-            ],
-            axis=-1,
-        )
+        features = jnp.concatenate([resize(x, size) for x in chosen.values()], axis=-1)
         if architecture.channels is None:
             return features
         return pool_channels(features, architecture.channels)
 
 
 @functools.cache
-def feature_shape(
-    pyramid: FeaturePyramid, image_size: tuple[int, int]
-) -> tuple[int, int, int]:
-    """Returns the shape (gh, gw, c) of an image's features, without computing them.
+def feature_shapes(pyramid: FeaturePyramid, image_size: tuple[int, int]) -> Any:
+    """Returns the shapes of one image's features, [1, gh, gw, c], without computing.
 
     Args:
         pyramid: frozen network.
         image_size: (height, width) in pixels.
+
+    Returns:
+        A `jax.ShapeDtypeStruct`, or with `FeaturePyramid.levels` one for each name.
     """
     image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.uint8)
     found, _ = jax.eval_shape(pyramid.init_with_output, jax.random.key(0), image)
-    return found.shape[1:]
+    return found
 
 
 def pool_channels(x: Float[Array, "b h w c"], bins: int) -> Float[Array, "b h w bins"]:

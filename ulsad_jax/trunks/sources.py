@@ -17,11 +17,13 @@ from ulsad_jax.trunks.features import (
     channel_statistics,
     make_extractor,
 )
-from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shape
+from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shapes
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+
+    from ulsad_jax.trunks.pyramid import Features
 
     Batches = Iterable[Mapping[str, np.ndarray]]
 
@@ -34,14 +36,16 @@ class Batch(NamedTuple):
 
     Attributes:
         image: uint8 [b, h, w, 3].
-        features: float32 [b, gh, gw, c], standardised; None if the method takes images
-            only.
+        features: float32 [b, gh, gw, c], standardised; or raw outputs of the trunk by
+            name, if the method takes levels; or None, if it takes only images.
         valid: bool [b], False in padding rows.
+        index: int32 [b], the images' rows in their split; None in prediction.
     """
 
     image: UInt8[Array, "b h w 3"]
-    features: Float[Array, "b gh gw c"] | None
+    features: Features | None
     valid: Bool[Array, " b"]
+    index: Int[Array, " b"] | None = None
 
 
 class FeatureSource(Protocol):
@@ -56,21 +60,14 @@ class FeatureSource(Protocol):
 
     def batch(
         self, rows: Int[np.ndarray, " b"]
-    ) -> tuple[UInt8[ArrayLike, "b h w 3"], Float[ArrayLike, "b gh gw c"] | None]:
-        """Returns the images and standardised features of some rows."""
+    ) -> tuple[UInt8[ArrayLike, "b h w 3"], Features | None]:
+        """Returns the images and features of some rows."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """A source with images and features in host or device memory.
-
-    Attributes:
-        images: [n, h, w, 3] uint8.
-        features: [n, gh, gw, c] float32, standardised; None if there are none.
-    """
+class _OfImages:
+    """A source that has all images of its split in `images`."""
 
     images: np.ndarray | jax.Array
-    features: np.ndarray | jax.Array | None
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -81,39 +78,43 @@ class Kept:
         """(height, width) of the images in pixels."""
         return self.images.shape[1:3]
 
+
+@dataclasses.dataclass(frozen=True)
+class Kept(_OfImages):
+    """A source with images and features in host or device memory.
+
+    Attributes:
+        images: [n, h, w, 3] uint8.
+        features: [n, gh, gw, c] float32, standardised; or raw outputs by name; or None.
+    """
+
+    images: np.ndarray | jax.Array
+    features: Any
+
     def batch(
         self, rows: Int[np.ndarray, " b"]
-    ) -> tuple[UInt8[ArrayLike, "b h w 3"], Float[ArrayLike, "b gh gw c"] | None]:
+    ) -> tuple[UInt8[ArrayLike, "b h w 3"], Features | None]:
         """Returns the images and features of some rows, in host or device memory."""
         return jax.tree.map(lambda x: x[rows], (self.images, self.features))
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamed:
+class Streamed(_OfImages):
     """A source with images only, which runs the trunk on each batch.
 
     It serves features that do not fit in memory.
 
     Attributes:
         images: [n, h, w, 3] uint8, in host memory.
-        extractor: function from images to standardised features; see `make_extractor`.
+        extractor: function from images to features; see `make_extractor`.
     """
 
     images: np.ndarray
     extractor: Callable
 
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        return len(self.images)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
-        return self.images.shape[1:3]
-
     def batch(
         self, rows: Int[np.ndarray, " b"]
-    ) -> tuple[UInt8[np.ndarray, "b h w 3"], Float[Array, "b gh gw c"]]:
+    ) -> tuple[UInt8[np.ndarray, "b h w 3"], Features]:
         """Returns images and features; the features may still be being computed."""
         images = self.images[rows]
         return images, self.extractor(images)
@@ -134,6 +135,24 @@ class Normals(NamedTuple):
     statistics: ChannelStatistics | None
 
 
+def read(
+    source: FeatureSource,
+    rows: Int[np.ndarray, " b"],
+    count: int,
+    own: slice = slice(None),
+) -> Batch:
+    """Reads a batch.
+
+    Args:
+        source: source of images and features.
+        rows: rows of the source, [b].
+        count: number of valid rows; they come first.
+        own: part of the batch to read.
+    """
+    valid = np.arange(len(rows)) < count
+    return Batch(*source.batch(rows[own]), valid[own], rows[own].astype(np.int32))
+
+
 def load(
     source: FeatureSource, rows: Int[np.ndarray, " b"], count: int, devices: Devices
 ) -> Batch:
@@ -145,10 +164,8 @@ def load(
         count: number of valid rows; they come first.
         devices: devices that the batch is split over.
     """
-    own = devices.own(len(rows))
-    images, features = source.batch(rows[own])
-    valid = (np.arange(len(rows)) < count)[own]
-    return jax.tree.map(devices.place, Batch(images, features, valid))
+    batch = read(source, rows, count, devices.own(len(rows)))
+    return jax.tree.map(devices.place, batch)
 
 
 def keep(
@@ -172,7 +189,7 @@ def keep(
     """
     extractor = pyramid and _make_raw_extractor(pyramid, trunk, devices)
     kept = [extract(extractor, *split) for split in zip(batches, counts, strict=True)]
-    if pyramid is None:
+    if pyramid is None or pyramid.levels:
         return Normals(*(Kept(*pair) for pair in kept), None)
     statistics = channel_statistics(kept[0][1], whiten=whiten)
     for _, raw in kept:  # in place: features may be most of the memory
@@ -214,7 +231,12 @@ def stream(
             _put(train, batch, batch["image"])
             yield from raw_extractor(batch["image"])[batch["valid"]]
 
-    statistics = channel_statistics(run_trunk(), whiten=whiten)
+    if pyramid.levels:
+        statistics = None
+        for batch in batches[0]:
+            _put(train, batch, batch["image"])
+    else:
+        statistics = channel_statistics(run_trunk(), whiten=whiten)
     for batch in batches[1]:
         _put(validation, batch, batch["image"])
     extractor = make_extractor(pyramid, trunk, statistics, devices.replicate)
@@ -247,7 +269,7 @@ def place(normals: Normals, devices: Devices) -> Normals:
 
 def extract(
     extractor: Callable | None, batches: Batches, count: int
-) -> tuple[UInt8[np.ndarray, "n h w 3"], Float[np.ndarray, "n h w c"] | None]:
+) -> tuple[UInt8[np.ndarray, "n h w 3"], Any]:
     """Reads a split, and runs the trunk once over it.
 
     Args:
@@ -257,19 +279,16 @@ def extract(
         count: number of images in the split.
 
     Returns:
-        Images and raw features, both in the split's order.
+        Images, and raw features or None, both in the split's order.
     """
-    images = features = None
+    kept = None
     for batch in batches:
-        new = None if extractor is None else np.asarray(extractor(batch["image"]))
-        if images is None:
-            images = np.empty((count, *batch["image"].shape[1:]), np.uint8)
-            if new is not None:
-                features = np.empty((count, *new.shape[1:]), np.float32)
-        _put(images, batch, batch["image"])
-        if new is not None:
-            _put(features, batch, new)
-    return images, features
+        new = batch["image"], extractor and extractor(batch["image"])
+        if kept is None:
+            kept = jax.tree.map(lambda x: np.empty((count, *x.shape[1:]), x.dtype), new)
+        for target, values in zip(*map(jax.tree.leaves, (kept, new)), strict=True):
+            _put(target, batch, np.asarray(values))
+    return kept
 
 
 def count_bytes(
@@ -282,7 +301,8 @@ def count_bytes(
         image_size: (height, width) in pixels.
         pyramid: network that determines the features' shape; None without features.
     """
-    floats = math.prod(feature_shape(pyramid, image_size)) if pyramid else 0
+    shapes = pyramid and jax.tree.leaves(feature_shapes(pyramid, image_size))
+    floats = sum(math.prod(shape.shape) for shape in shapes or ())
     return count * (4 * floats + 3 * math.prod(image_size))
 
 
@@ -297,6 +317,6 @@ def _put(
 
 def _make_raw_extractor(
     pyramid: FeaturePyramid, trunk: Mapping[str, Any], devices: Devices
-) -> Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b gh gw c"]]:
+) -> Callable[[UInt8[np.ndarray, "b h w 3"]], Features]:
     extractor = make_extractor(pyramid, trunk, put=devices.replicate)
     return lambda image: hosts.gather(extractor(devices.split(image)))

@@ -75,8 +75,9 @@ class Ulsad(Method):
     numbers: FrozenDict = _NONE
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> Ulsad:
+    def from_config(cls, config: ConfigDict, name: str) -> Ulsad:
         """Makes ULSAD from a config's `model`, `losses` and `optimizer`."""
+        del name
         return cls(
             dtype=config.train.dtype,
             model=_freeze(config.model),

@@ -126,7 +126,7 @@ def _set(
     """Returns a part of the usual or another kind in a place."""
     place = design.places[name]
     kind = kind or place.kind
-    x, y = (c + rng.uniform(-0.008, 0.008) for c in (place.x, place.y))
+    x, y = (c + rng.uniform(-0.009, 0.009) for c in (place.x, place.y))
     turn = _TURN.get(kind.type, 0.04)
     angle = place.angle + rng.uniform(-turn, turn)
     detail = (float(rng.choice((-1, 1))),)
@@ -143,7 +143,7 @@ def _plug(
     """Returns a cable from a row of the left sockets to a row of the right ones."""
     cell, kind = design.cells["field"], design.cables[which]
     start, end = (design.tall * _ROWS[row] for row in rows)
-    sag, skew = rng.uniform(-0.05, 0.05), rng.uniform(-0.8, 0.8)
+    sag, skew = rng.uniform(-0.055, 0.055), rng.uniform(-0.8, 0.8)
     detail = (start, end, float(sag), float(skew))
     fixed = {"length": kind.length, "width": kind.width, "detail": detail}
     return piece(rng, kind, f"cable{which}", cell.x, cell.y, 0.0, **fixed)
@@ -180,10 +180,10 @@ def _any(scene: Scene, rng: np.random.Generator, *types: str) -> Part:
 
 
 def _missing_part(design: Panel, scene: Scene, rng: np.random.Generator) -> Spoiled:
-    """Leaves a hole, or the shaft's hole of a knob, in place of a part."""
+    """Leaves a hole in place of a part."""
     del design
     part = _any(scene, rng, "knob", "lamp", "switch", "screw")
-    size = 0.6 * min(part.length, part.width)
+    size = 0.7 * min(part.length, part.width)
     hole = dataclasses.replace(
         part, type="hole", shape="socket", length=size, width=size, colours=(_BLACK,)
     )
@@ -224,7 +224,7 @@ def _turned_part(design: Panel, scene: Scene, rng: np.random.Generator) -> Spoil
     part = _any(scene, rng, "label", "switch")
     turn = math.pi if part.type == "label" else math.pi / 2
     turned = dataclasses.replace(part, angle=part.angle + turn)
-    region = Region(f"turned_part_{part.type}", (turned,))
+    region = Region(f"turned_part_{part.type}", (turned, part))
     return exchange(scene, part, turned), [region]
 
 
@@ -272,12 +272,17 @@ STRUCTURAL = {
 def saturations(design: Panel, size: tuple[int, int]) -> dict[str, tuple[float, bool]]:
     """Returns the saturation threshold of every defect; see a tray's for the terms."""
     scene = draw_scene(design, np.random.default_rng(0))
-    lamp = coverage(View(*size, _ZOOM), one(scene, "lamp")).sum()
+    lamp, label, switch = (
+        round(0.85 * float(coverage(View(*size, _ZOOM), one(scene, t)).sum()))
+        for t in ("lamp", "label", "switch")
+    )
     whole = [f"missing_part_{t}" for t in ("knob", "lamp", "switch", "screw")]
     whole += [f"surplus_part_{t}" for t in ("screw", "lamp")]
     whole += [f"wrong_kind_{t}" for t in _WRONG]
-    whole += ["turned_part_label", "turned_part_switch", "wrong_connection"]
     return {
-        "swapped_parts": (round(0.85 * float(lamp)), False),  # either lamp is enough
-        **dict.fromkeys([*whole, *STRUCTURAL], (1.0, True)),
+        # Either lamp, or either of the places where a part is and should be, is enough.
+        "swapped_parts": (lamp, False),
+        "turned_part_label": (label, False),
+        "turned_part_switch": (switch, False),
+        **dict.fromkeys([*whole, "wrong_connection", *STRUCTURAL], (1.0, True)),
     }

@@ -263,8 +263,9 @@ def _lamp(u: Field, v: Field, part: Part, px: float) -> Surface:
     r = part.width / 2
     radial = np.hypot(u, v)
     distance, lens = radial - r, radial - 0.76 * r
-    glow = 0.6 + 0.5 * part.detail[0] * np.clip(1.4 - radial / r, 0, 1)
-    glass = glow[..., None] * np.asarray(part.colours[0], np.float32)
+    glow = part.detail[0] * np.clip(1.4 - radial / r, 0, 1)
+    glass = (0.5 + 0.5 * glow)[..., None] * _flat(u, part.colours[0])
+    glass = _mix(glass, _PAPER, 0.2 * glow)  # too bright for the camera
     lit = inside(lens, px)[..., None]
     colour = _flat(u, STEEL) * (1 - lit) + glass * lit
     rise = dome(distance, 0.2 * r) + dome(lens, 0.5 * r)

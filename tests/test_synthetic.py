@@ -12,6 +12,7 @@ from ulsad_jax.data.layouts import mvtec_loco
 from ulsad_jax.data.records import read_image, read_mask
 from ulsad_jax.data.synthetic import categories as synthetic
 from ulsad_jax.data.synthetic.anomalies import LOGICAL, STRUCTURAL
+from ulsad_jax.data.synthetic.categories import PANEL, TRAY
 from ulsad_jax.data.synthetic.design import draw_design
 from ulsad_jax.data.synthetic.masks import VISIBLE
 from ulsad_jax.data.synthetic.parts import View
@@ -28,16 +29,32 @@ from ulsad_jax.runtime.errors import UserError
 SIZE = (96, 96)
 TYPES = ("good", "logical_anomalies", "structural_anomalies")
 SMALL = {"train": 3, "validation": 2, "good": 2, "per_kind": 1}
+PRODUCTS = {"tray": TRAY, "panel": PANEL}
+LOGICAL_KINDS = [(name, k) for name, p in PRODUCTS.items() for k in p.logical]
+IN_PLACE = ("missing_part", "surplus_part", "reversed_part")
+STRUCTURAL_KINDS = [(name, k) for name, p in PRODUCTS.items() for k in p.structural]
 
 
-def _sample(design, type_, i, *, seed=0, split="test", size=SIZE):
-    return synthetic.draw_sample(design, size, seed=seed, split=split, type=type_, i=i)
+def _sample(design, type_, i, *, seed=0, split="test", size=SIZE, product=TRAY):
+    place = {"split": split, "type": type_, "i": i}
+    return synthetic.draw_sample(design, size, seed=seed, **place, product=product)
+
+
+def _sample_of_kind(name, type_, kind):
+    """Returns an image of a kind of anomaly; photographs of it and of its twin."""
+    product, size = PRODUCTS[name], (128, 128)
+    design = product.draw_design(1, size=size)
+    i = list(product.logical if type_ == TYPES[1] else product.structural).index(kind)
+    sample = _sample(design, type_, i, seed=1, size=size, product=product)
+    photos = [photograph(design, s, size) for s in (sample.scene, sample.twin)]
+    return sample, photos
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("synthetic")
-    synthetic.write_category(path, category="tray", seed=0, image_size=96, **SMALL)
+    for name in PRODUCTS:
+        synthetic.write_category(path, category=name, seed=0, image_size=96, **SMALL)
     return path
 
 
@@ -49,16 +66,17 @@ def _files(folder):
     }
 
 
-def test_layout_is_read_by_the_loco_loader(root):
-    assert mvtec_loco.categories(root) == ["tray"]
-    records = mvtec_loco.records(root, "tray")
+@pytest.mark.parametrize(("name", "product"), PRODUCTS.items(), ids=PRODUCTS)
+def test_layout_is_read_by_the_loco_loader(root, name, product):
+    assert mvtec_loco.categories(root) == sorted(PRODUCTS)
+    records = mvtec_loco.records(root, name)
     counts = collections.Counter((r.split, r.type) for r in records)
     assert counts == {
         ("train", "good"): 3,
         ("validation", "good"): 2,
         ("test", "good"): 2,
-        ("test", "logical_anomalies"): len(LOGICAL),
-        ("test", "structural_anomalies"): len(STRUCTURAL),
+        ("test", "logical_anomalies"): len(product.logical),
+        ("test", "structural_anomalies"): len(product.structural),
     }
     for record in records:
         assert read_image(record.image).shape == (*SIZE, 3)
@@ -71,22 +89,24 @@ def test_layout_is_read_by_the_loco_loader(root):
                 assert 0 < saturation.threshold <= mask.sum()
 
 
-def test_every_mask_has_one_listed_value(root):
-    config = json.loads((root / "tray" / "defects_config.json").read_text())
+@pytest.mark.parametrize(("name", "product"), PRODUCTS.items(), ids=PRODUCTS)
+def test_every_mask_has_one_listed_value(root, name, product):
+    config = json.loads((root / name / "defects_config.json").read_text())
     values = {entry["pixel_value"]: entry["defect_name"] for entry in config}
     assert len(values) == len(config)
     seen = set()
-    for path in (root / "tray" / "ground_truth").rglob("*.png"):
+    for path in (root / name / "ground_truth").rglob("*.png"):
         found = set(np.unique(np.asarray(Image.open(path)))) - {0}
         assert len(found) == 1
         seen.add(values[found.pop()])
-    for kind in (*LOGICAL, *STRUCTURAL):
-        assert any(name.startswith(kind) for name in seen)
+    for kind in (*product.logical, *product.structural):
+        assert any(defect.startswith(kind) for defect in seen)
 
 
-def test_number_of_kinds():
-    assert len(LOGICAL) >= 6
-    assert len(STRUCTURAL) >= 4
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_number_of_kinds(product):
+    assert len(product.logical) >= 6
+    assert len(product.structural) >= 4
 
 
 def test_same_parameters_again_write_nothing(root):
@@ -96,7 +116,7 @@ def test_same_parameters_again_write_nothing(root):
         root, category="tray", seed=0, image_size=(96, 96), **SMALL
     )
     assert path.stat().st_mtime_ns == before
-    assert [p.name for p in root.iterdir()] == ["tray"]  # no scratch folder stays
+    assert {p.name for p in root.iterdir()} == set(PRODUCTS)  # no scratch folder stays
 
 
 def test_more_images_keep_the_earlier_ones(root, tmp_path):
@@ -152,14 +172,16 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_seed_decides_everything():
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_seed_decides_everything(product):
+    designs = [product.draw_design(seed) for seed in (3, 3, 4)]
     first, again, other = (
-        _sample(draw_design(seed), "good", 0, seed=seed) for seed in (3, 3, 4)
+        _sample(design, "good", 0, seed=seed, product=product)
+        for design, seed in zip(designs, (3, 3, 4), strict=True)
     )
     assert np.array_equal(first.image, again.image)
     assert np.abs(first.image.astype(int) - other.image).mean() > 10
-    assert draw_design(3) == draw_design(3)
-    assert draw_design(3).cells != draw_design(4).cells
+    assert designs[0] == designs[1] != designs[2]
 
 
 def test_images_of_a_category_differ():
@@ -183,46 +205,41 @@ def test_normal_scenes_obey_the_rules(seed):
         assert violations(design, scene) == []
 
 
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 @pytest.mark.parametrize("seed", range(2))
-def test_only_logical_anomalies_break_rules(seed):
-    design = draw_design(seed)
-    for i in range(2 * len(LOGICAL)):
-        sample = _sample(design, TYPES[1], i, seed=seed, size=(64, 64))
-        assert violations(design, sample.scene)
-        assert violations(design, sample.twin) == []
-    for i in range(len(STRUCTURAL)):
-        sample = _sample(design, TYPES[2], i, seed=seed, size=(64, 64))
-        assert violations(design, sample.scene) == []
+def test_only_logical_anomalies_break_rules(seed, product):
+    design = product.draw_design(seed)
+    fields = {"seed": seed, "size": (64, 64), "product": product}
+    for i in range(2 * len(product.logical)):
+        sample = _sample(design, TYPES[1], i, **fields)
+        assert product.violations(design, sample.scene)
+        assert product.violations(design, sample.twin) == []
+    for i in range(len(product.structural)):
+        sample = _sample(design, TYPES[2], i, **fields)
+        assert product.violations(design, sample.scene) == []
 
 
-@pytest.mark.parametrize("i", range(len(STRUCTURAL)), ids=list(STRUCTURAL))
-def test_structural_mask_is_where_the_picture_differs(i):
-    design = draw_design(1)
-    sample = _sample(design, TYPES[2], i, seed=1, size=(128, 128))
-    photo, twin = (
-        np.clip(photograph(design, scene, (128, 128)), 0, 1)
-        for scene in (sample.scene, sample.twin)
-    )
+@pytest.mark.parametrize(("name", "kind"), STRUCTURAL_KINDS)
+def test_structural_mask_is_where_the_picture_differs(name, kind):
+    sample, photos = _sample_of_kind(name, TYPES[2], kind)
+    photo, twin = (np.clip(picture, 0, 1) for picture in photos)
     differs = np.abs(photo - twin).max(-1) > VISIBLE
-    ((kind, mask),) = sample.masks
-    assert kind == list(STRUCTURAL)[i]
+    ((found, mask),) = sample.masks
+    assert found == kind
     assert not (differs & ~mask).any()
     # Filling gaps adds little, and nothing far away.
     assert differs.sum() > 0.6 * mask.sum()
     assert not (mask & ~ndimage.binary_dilation(differs, iterations=4)).any()
 
 
-@pytest.mark.parametrize("i", range(len(LOGICAL)), ids=list(LOGICAL))
-def test_logical_mask_covers_what_changed(i):
-    design = draw_design(1)
-    sample = _sample(design, TYPES[1], i, seed=1, size=(128, 128))
-    photo, twin = (
-        photograph(design, scene, (128, 128)) for scene in (sample.scene, sample.twin)
-    )
+@pytest.mark.parametrize(("name", "kind"), LOGICAL_KINDS)
+def test_logical_mask_covers_what_changed(name, kind):
+    sample, (photo, twin) = _sample_of_kind(name, TYPES[1], kind)
     differs = np.abs(photo - twin).max(-1) > 0.15
     mask = np.any([mask for _, mask in sample.masks], axis=0)
     assert (differs & mask).sum() > 0.02 * mask.sum()
-    if list(LOGICAL)[i] in ("missing_part", "surplus_part", "reversed_part"):
+    # Elsewhere a part leaves its old place, too.
+    if (name == "panel" and kind != "wrong_connection") or kind in IN_PLACE:
         near = ndimage.binary_dilation(mask, iterations=3)  # shadows reach further
         assert not (differs & ~near).any()
 

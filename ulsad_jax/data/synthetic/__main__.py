@@ -2,6 +2,8 @@ r"""Draws a synthetic category from a seed.
 
 python -m ulsad_jax.data.synthetic --output=data/synthetic --category=tray_0 \
         --seed=0 --image_size=256 --train=100 --per_kind=6
+
+The category "panel" is the front of a device, any other a tray of parts.
 """
 
 import os

@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
 
-from ulsad_jax.data.synthetic.design import ROWS, Design, Kind, pick
+from ulsad_jax.data.synthetic.design import ROWS, Design, Ground, Kind, pick
 from ulsad_jax.data.synthetic.drawing import Mark
 from ulsad_jax.data.synthetic.parts import Damage, Part, View
 from ulsad_jax.data.synthetic.scenes import (
@@ -29,9 +28,6 @@ from ulsad_jax.data.synthetic.scenes import (
     set_fuse,
 )
 from ulsad_jax.data.synthetic.shapes import SHAPES, coverage
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Region:
 Spoiled = tuple[Scene, list[Region]]
 
 
-def _replace(scene: Scene, old: Part, *new: Part) -> Scene:
+def exchange(scene: Scene, old: Part, *new: Part) -> Scene:
     """Returns the scene with `old` replaced by `new`, at the same place in the pile."""
     i = scene.parts.index(old)
     parts = (*scene.parts[:i], *new, *scene.parts[i + 1 :])
@@ -67,9 +63,9 @@ def _missing_part(design: Design, scene: Scene, rng: np.random.Generator) -> Spo
             lay_cable(design, rng, (row, row), cable.colours[0]) for row in range(ROWS)
         )
         region = Region("missing_part_cable", (cable, *paths))
-        return _replace(scene, cable), [region]
+        return exchange(scene, cable), [region]
     part = pick(rng, contents(scene, name))
-    return _replace(scene, part), [Region(f"missing_part_{part.type}", (part,))]
+    return exchange(scene, part), [Region(f"missing_part_{part.type}", (part,))]
 
 
 def _surplus_part(design: Design, scene: Scene, rng: np.random.Generator) -> Spoiled:
@@ -77,7 +73,7 @@ def _surplus_part(design: Design, scene: Scene, rng: np.random.Generator) -> Spo
     there = contents(scene, name)
     extra = drop(rng, design.cells[name], design.bins[name][0], there)
     region = Region(f"surplus_part_{extra.type}", (extra,))
-    return _replace(scene, there[-1], there[-1], extra), [region]
+    return exchange(scene, there[-1], there[-1], extra), [region]
 
 
 def _misplaced_part(design: Design, scene: Scene, rng: np.random.Generator) -> Spoiled:
@@ -85,7 +81,7 @@ def _misplaced_part(design: Design, scene: Scene, rng: np.random.Generator) -> S
     part = pick(rng, contents(scene, source))
     there = contents(scene, target)
     moved = drop(rng, design.cells[target], design.bins[source][0], there)
-    scene = _replace(_replace(scene, part), there[-1], there[-1], moved)
+    scene = exchange(exchange(scene, part), there[-1], there[-1], moved)
     return scene, [
         Region(f"misplaced_part_{part.type}", (moved,)),
         Region(f"missing_part_{part.type}", (part,)),
@@ -98,9 +94,9 @@ def _swapped_bins(design: Design, scene: Scene, rng: np.random.Generator) -> Spo
     for name, other in (pair, pair[::-1]):
         old = contents(scene, name)
         new = fill(rng, design.cells[name], *design.bins[other])
-        scene = _replace(scene, old[0], *new)
+        scene = exchange(scene, old[0], *new)
         for part in old[1:]:
-            scene = _replace(scene, part)
+            scene = exchange(scene, part)
         regions.append(Region("swapped_bins", tuple(new)))
     return scene, regions
 
@@ -110,7 +106,7 @@ def _wrong_size(design: Design, scene: Scene, rng: np.random.Generator) -> Spoil
     part = pick(rng, contents(scene, name))
     place = part.x, part.y, part.angle
     wrong = put(rng, design.cells[name], design.bins[other][0], *place)
-    return _replace(scene, part, wrong), [Region(f"wrong_size_{wrong.type}", (wrong,))]
+    return exchange(scene, part, wrong), [Region(f"wrong_size_{wrong.type}", (wrong,))]
 
 
 def _wrong_order(design: Design, scene: Scene, rng: np.random.Generator) -> Spoiled:
@@ -122,7 +118,7 @@ def _wrong_order(design: Design, scene: Scene, rng: np.random.Generator) -> Spoi
         set_fuse(design, rng, cell, i + k, int(pair[1 - k].detail[1])) for k in range(2)
     ]
     for old, part in zip(pair, new, strict=True):
-        scene = _replace(scene, old, part)
+        scene = exchange(scene, old, part)
     return scene, [Region("wrong_order", tuple(new))]
 
 
@@ -130,7 +126,7 @@ def _reversed_part(design: Design, scene: Scene, rng: np.random.Generator) -> Sp
     del design, rng
     module = one(scene, "module")
     turned = dataclasses.replace(module, angle=module.angle + math.pi)
-    return _replace(scene, module, turned), [Region("reversed_part", (turned,))]
+    return exchange(scene, module, turned), [Region("reversed_part", (turned,))]
 
 
 def _mismatched_colour(
@@ -140,14 +136,14 @@ def _mismatched_colour(
     others = [c for c in design.cable.colours if c != cable.colours[0]]
     wrong = dataclasses.replace(label, colours=(pick(rng, others),))
     region = Region("mismatched_colour", (wrong, cable))  # either may be the wrong one
-    return _replace(scene, label, wrong), [region]
+    return exchange(scene, label, wrong), [region]
 
 
 def _crossed_cable(design: Design, scene: Scene, rng: np.random.Generator) -> Spoiled:
     cable = one(scene, "cable")
     start, end = (int(n) for n in rng.permutation(ROWS)[:2])
     wrong = lay_cable(design, rng, (start, end), cable.colours[0])
-    return _replace(scene, cable, wrong), [Region("crossed_cable", (wrong,))]
+    return exchange(scene, cable, wrong), [Region("crossed_cable", (wrong,))]
 
 
 LOGICAL: dict[str, Callable[[Design, Scene, np.random.Generator], Spoiled]] = {
@@ -167,29 +163,30 @@ LOGICAL: dict[str, Callable[[Design, Scene, np.random.Generator], Spoiled]] = {
 
 
 def _scratch(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
-    return _marked(design, scene, rng, "scratch", rng.uniform(0.16, 0.26), 0.008)
+    return marked(design, scene, rng, "scratch", rng.uniform(0.16, 0.26), 0.008)
 
 
 def _dent(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
     length = rng.uniform(0.075, 0.105)
-    return _marked(design, scene, rng, "dent", length, length * rng.uniform(0.7, 1))
+    return marked(design, scene, rng, "dent", length, length * rng.uniform(0.7, 1))
 
 
 def _stain(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
     length = rng.uniform(0.08, 0.12)
-    return _marked(design, scene, rng, "stain", length, length * rng.uniform(0.6, 1))
+    return marked(design, scene, rng, "stain", length, length * rng.uniform(0.6, 1))
 
 
-def _marked(
-    design: Design,
+def marked(
+    design: Ground,
     scene: Scene,
     rng: np.random.Generator,
     kind: str,
     length: float,
     width: float,
+    margin: float = 0.07,
 ) -> Scene:
-    """Returns the scene with a mark on the tray where no part hides it."""
-    x, y = _free_spot(design, scene, rng, 0.5 * length)
+    """Returns the scene with a mark where no part hides it."""
+    x, y = free_spot(design, scene, rng, 0.5 * length, margin)
     mark = Mark(
         kind,
         x,
@@ -202,17 +199,24 @@ def _marked(
     return dataclasses.replace(scene, marks=(mark,))
 
 
-def _free_spot(
-    design: Design, scene: Scene, rng: np.random.Generator, clearance: float
+def free_spot(
+    design: Ground,
+    scene: Scene,
+    rng: np.random.Generator,
+    clearance: float,
+    margin: float = 0.07,
 ) -> tuple[float, float]:
-    """Returns a point of the tray about `clearance` units away from every part."""
+    """Returns a point of the ground about `clearance` units away from every part.
+
+    The point is at least `margin` units away from the picture's edges.
+    """
     view = View(round(96 * design.tall), round(96 * design.wide))
     taken = np.zeros((view.height, view.width), bool)
     for part in scene.parts:
         taken |= coverage(view, part)
-    margin = round(0.07 * view.scale)
+    edge = round(margin * view.scale)
     inside = np.zeros_like(taken)
-    inside[margin:-margin, margin:-margin] = True
+    inside[edge:-edge, edge:-edge] = True
     room = ndimage.distance_transform_edt(~taken) * inside
     spots = np.argwhere(room >= min(clearance * view.scale, 0.8 * room.max()))
     row, column = pick(rng, spots)
@@ -241,6 +245,7 @@ def _crack(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
 def _chipped_edge(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
     del design
     shapes = ("module", "terminal", "fuse", "gear", "button", "washer", "label")
+    shapes += ("knob", "rocker")
     part = _victim(scene, rng, shapes)
     theta = rng.uniform(-math.pi, math.pi)
     r = np.linspace(0, part.length + part.width, 400, dtype=np.float32)[None]
@@ -251,7 +256,7 @@ def _chipped_edge(design: Design, scene: Scene, rng: np.random.Generator) -> Sce
     damage = Damage(
         "chip", float(u[0, edge]), float(v[0, edge]), float(size), rng.uniform(0, 6.3)
     )
-    return _replace(scene, part, dataclasses.replace(part, damage=damage))
+    return exchange(scene, part, dataclasses.replace(part, damage=damage))
 
 
 def _bent_part(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
@@ -259,7 +264,7 @@ def _bent_part(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
     part = _victim(scene, rng, ("screw", "pin", "link"))
     size = rng.choice((-1, 1)) * rng.uniform(0.040, 0.055)
     damage = Damage("bend", -0.1 * part.length, 0.0, float(size))
-    return _replace(scene, part, dataclasses.replace(part, damage=damage))
+    return exchange(scene, part, dataclasses.replace(part, damage=damage))
 
 
 def _victim(scene: Scene, rng: np.random.Generator, shapes: Sequence[str]) -> Part:
@@ -278,7 +283,7 @@ def _fibre(design: Design, scene: Scene, rng: np.random.Generator) -> Scene:
     points = np.cumsum(step * np.stack([np.cos(turn), np.sin(turn)], 1), axis=0)
     points -= (points.max(0) + points.min(0)) / 2
     shade = pick(rng, ((0.62, 0.60, 0.56), (0.14, 0.14, 0.16), (0.55, 0.30, 0.27)))
-    x, y = _free_spot(design, scene, rng, 0.02)
+    x, y = free_spot(design, scene, rng, 0.02)
     reach = float(np.abs(points).max())
     fibre = Part(
         "fibre",

@@ -1,8 +1,9 @@
 """Writes synthetic categories with logical rules in MVTec LOCO AD's layout.
 
-Each category is a tray of parts with its own layout, materials and rules, drawn from a
-seed. Its images vary in position, rotation, colour, light and noise. Anomalous images
-break a rule or show damage, with exact masks.
+The category "panel" is the front of a device; one of any other name is a tray of parts.
+Each has its own layout, materials and rules, drawn from a seed. Its images vary in
+position, rotation, colour, light and noise. Anomalous images break a rule or show
+damage, with exact masks.
 """
 
 from __future__ import annotations
@@ -18,26 +19,62 @@ import numpy as np
 from PIL import Image
 
 from ulsad_jax.data.records import GOOD, TEST, TRAIN, VALIDATION
-from ulsad_jax.data.synthetic.anomalies import LOGICAL, STRUCTURAL, saturations
-from ulsad_jax.data.synthetic.design import Design, draw_design
+from ulsad_jax.data.synthetic import anomalies, panel, scenes
+from ulsad_jax.data.synthetic.design import Ground, draw_design
 from ulsad_jax.data.synthetic.masks import logical_mask, structural_mask
-from ulsad_jax.data.synthetic.scenes import (
-    Scene,
-    draw_scene,
-    photograph,
-    violations,
-    with_grain,
-)
+from ulsad_jax.data.synthetic.scenes import Scene, photograph, with_grain
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.runtime.progress import progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, UInt8
 
 GENERATOR_VERSION = 2  # increase it whenever the drawn images change
 PARAMETERS = "generator.json"
 _LOGICAL, _STRUCTURAL = "logical_anomalies", "structural_anomalies"
 _SMALLEST = 64  # in smaller images, parts are indistinguishable
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The functions that draw the images of a kind of product.
+
+    Attributes:
+        draw_design: draws a category's design from a seed and a size.
+        draw_scene: draws a normal scene of a design.
+        violations: lists the rules of a design that a scene breaks.
+        logical: functions that break a rule, by the kind of anomaly.
+        structural: functions that damage a scene, by the kind of anomaly.
+        saturations: saturation threshold of every defect of a design.
+    """
+
+    draw_design: Callable[..., Ground]
+    draw_scene: Callable[..., Scene]
+    violations: Callable[..., list[str]]
+    logical: dict[str, Callable[..., anomalies.Spoiled]]
+    structural: dict[str, Callable[..., Scene]]
+    saturations: Callable[..., dict[str, tuple[float, bool]]]
+
+
+TRAY = Product(
+    draw_design,
+    scenes.draw_scene,
+    scenes.violations,
+    anomalies.LOGICAL,
+    anomalies.STRUCTURAL,
+    anomalies.saturations,
+)
+PANEL = Product(
+    panel.draw_design,
+    panel.draw_scene,
+    panel.violations,
+    panel.LOGICAL,
+    panel.STRUCTURAL,
+    panel.saturations,
+)
+PRODUCTS = {"panel": PANEL}  # a category of another name is a tray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +95,14 @@ class Sample:
 
 
 def draw_sample(
-    design: Design, size: tuple[int, int], *, seed: int, split: str, type: str, i: int
+    design: Ground,
+    size: tuple[int, int],
+    *,
+    seed: int,
+    split: str,
+    type: str,
+    i: int,
+    product: Product = TRAY,
 ) -> Sample:
     """Draws image number `i` of a folder, independently of other images.
 
@@ -71,13 +115,15 @@ def draw_sample(
         split: "train", "validation" or "test".
         type: "good", "logical_anomalies" or "structural_anomalies".
         i: number of the image in its folder.
+        product: product whose design it is.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{type}/{i}".encode())])
-    twin = draw_scene(design, rng)
+    twin = product.draw_scene(design, rng)
     if type == _STRUCTURAL:
-        sample = _damaged(design, size, twin, rng, i)
+        kind, damage = list(product.structural.items())[i % len(product.structural)]
+        sample = _damaged(design, size, twin, rng, kind, damage)
     elif type == _LOGICAL:
-        spoil = list(LOGICAL.values())[i % len(LOGICAL)]
+        spoil = list(product.logical.values())[i % len(product.logical)]
         scene, regions = spoil(design, twin, rng)
         image = with_grain(scene, photograph(design, scene, size))
         masks = [(r.defect, logical_mask(scene, r, size)) for r in regions]
@@ -85,14 +131,18 @@ def draw_sample(
     else:
         image = with_grain(twin, photograph(design, twin, size))
         sample = Sample(image, twin, twin, [])
-    assert bool(violations(design, sample.scene)) == (type == _LOGICAL)
+    assert bool(product.violations(design, sample.scene)) == (type == _LOGICAL)
     return sample
 
 
 def _damaged(
-    design: Design, size: tuple[int, int], twin: Scene, rng: np.random.Generator, i: int
+    design: Ground,
+    size: tuple[int, int],
+    twin: Scene,
+    rng: np.random.Generator,
+    kind: str,
+    damage: Callable[..., Scene],
 ) -> Sample:
-    kind, damage = list(STRUCTURAL.items())[i % len(STRUCTURAL)]
     sound = photograph(design, twin, size)
     enough = max(4, 2e-4 * size[0] * size[1])
     while True:  # if other parts hide the damage, another one is tried
@@ -122,7 +172,7 @@ def write_category(
     Args:
         root: parent folder of the categories; created if it is missing.
         category: name of the category and of its folder.
-        seed: seed of the tray's design, its rules and the images.
+        seed: seed of the design, its rules and the images.
         image_size: size of the images in pixels: side of a square, or (height, width).
         train: number of normal training images.
         validation: number of normal validation images.
@@ -202,22 +252,24 @@ def _write(
     folder: Path, seed: int, size: tuple[int, int], counts: dict[str, int]
 ) -> None:
     """Writes all files of a category except the file of its parameters."""
-    design = draw_design(seed, size=size)
-    rules = saturations(design, size)
+    product = PRODUCTS.get(folder.name, TRAY)
+    design = product.draw_design(seed, size=size)
+    rules = product.saturations(design, size)
     values = {name: 255 - n for n, name in enumerate(rules)}
     parts = (
         (TRAIN, GOOD, counts["train"]),
         (VALIDATION, GOOD, counts["validation"]),
         (TEST, GOOD, counts["good"]),
-        (TEST, _LOGICAL, counts["per_kind"] * len(LOGICAL)),
-        (TEST, _STRUCTURAL, counts["per_kind"] * len(STRUCTURAL)),
+        (TEST, _LOGICAL, counts["per_kind"] * len(product.logical)),
+        (TEST, _STRUCTURAL, counts["per_kind"] * len(product.structural)),
     )
     for split, type_, _ in parts:
         (folder / split / type_).mkdir(parents=True)
     images = [(split, type_, i) for split, type_, n in parts for i in range(n)]
     title = f"Drawing {folder.name}"
     for split, type_, i in progress(images, title, total=len(images), announce=True):
-        sample = draw_sample(design, size, seed=seed, split=split, type=type_, i=i)
+        place = {"split": split, "type": type_, "i": i}
+        sample = draw_sample(design, size, seed=seed, **place, product=product)
         _save(folder / split / type_ / f"{i:03d}.png", sample.image)
         channels = folder / "ground_truth" / type_ / f"{i:03d}"
         for k, (defect, mask) in enumerate(sample.masks):

@@ -9,13 +9,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from ulsad_jax.data.synthetic.parts import Colour
+from ulsad_jax.data.synthetic.parts import Colour, Part
 
 _T = TypeVar("_T")
 
 ROWS = 3  # clamps of a terminal block
 
-_PLASTICS: dict[str, Colour] = {
+PLASTICS: dict[str, Colour] = {
     "red": (0.70, 0.20, 0.18),
     "blue": (0.20, 0.36, 0.66),
     "green": (0.24, 0.52, 0.31),
@@ -94,8 +94,8 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True)
-class Design:
-    """The design of a category, common to all its trays.
+class Ground:
+    """The surfaces under the parts, common to all images of a category.
 
     Attributes:
         wide: width of the frame in units.
@@ -106,13 +106,6 @@ class Design:
         depth: depth of the compartments in units; 0 means printed fields.
         azimuth: usual direction of the lamp in radians.
         cells: compartments by name.
-        bins: (kind, count) of the parts in each bin, by the name of the cell.
-        fuses: kinds of the fuses, in the order of the rack (in either direction).
-        module: kind of the part that has a direction.
-        module_angle: direction of the module's arrow in radians.
-        terminal: kind of the block at each end of the harness.
-        label: kind of the paper that shows the cable's colour.
-        cable: kind of the cable, with all colours that it may have.
     """
 
     wide: float
@@ -123,6 +116,22 @@ class Design:
     depth: float
     azimuth: float
     cells: dict[str, Cell]
+
+
+@dataclasses.dataclass(frozen=True)
+class Design(Ground):
+    """The design of a category of trays.
+
+    Attributes:
+        bins: (kind, count) of the parts in each bin, by the name of the cell.
+        fuses: kinds of the fuses, in the order of the rack (in either direction).
+        module: kind of the part that has a direction.
+        module_angle: direction of the module's arrow in radians.
+        terminal: kind of the block at each end of the harness.
+        label: kind of the paper that shows the cable's colour.
+        cable: kind of the cable, with all colours that it may have.
+    """
+
     bins: dict[str, tuple[Kind, int]]
     fuses: tuple[Kind, ...]
     module: Kind
@@ -143,7 +152,7 @@ def draw_design(seed: int, *, size: tuple[int, int] = (256, 256)) -> Design:
     tall, wide = (n / min(size) for n in size)
     cells = _layout(rng, wide, tall)
     big = max(wide, tall) ** 0.35
-    names = list(_PLASTICS)
+    names = list(PLASTICS)
     fuse_colours = rng.permutation(names[:6])[:4]
     cable_colours = rng.permutation(["red", "blue", "green", "yellow"])[:3]
     dark = ((0.15, 0.15, 0.17), (0.14, 0.20, 0.30), (0.16, 0.25, 0.20))
@@ -158,7 +167,7 @@ def draw_design(seed: int, *, size: tuple[int, int] = (256, 256)) -> Design:
         cells=cells,
         bins=_bins(rng, big),
         fuses=tuple(
-            Kind("fuse", "fuse", 0.150 * big, 0.066 * big, (_PLASTICS[c],))
+            Kind("fuse", "fuse", 0.150 * big, 0.066 * big, (PLASTICS[c],))
             for c in fuse_colours
         ),
         module=Kind(
@@ -174,7 +183,7 @@ def draw_design(seed: int, *, size: tuple[int, int] = (256, 256)) -> Design:
             "terminal",
             0.105 * big,
             0.185 * big,
-            (_PLASTICS[pick(rng, ("white", "green", "blue", "orange"))],),
+            (PLASTICS[pick(rng, ("white", "green", "blue", "orange"))],),
         ),
         label=Kind("label", "label", 0.130 * big, 0.125 * big, ()),
         cable=Kind(
@@ -182,7 +191,7 @@ def draw_design(seed: int, *, size: tuple[int, int] = (256, 256)) -> Design:
             "cable",
             0.0,
             0.026 * big,
-            tuple(_PLASTICS[c] for c in cable_colours),
+            tuple(PLASTICS[c] for c in cable_colours),
         ),
     )
 
@@ -192,11 +201,39 @@ def pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
     return options[rng.integers(len(options))]
 
 
+def piece(
+    rng: np.random.Generator,
+    kind: Kind,
+    cell: str,
+    x: float,
+    y: float,
+    angle: float,
+    **fields,
+) -> Part:
+    """Returns a part of a kind, slightly off its nominal size and colour."""
+    size = rng.uniform(0.97, 1.03)
+    return Part(
+        **{
+            "type": kind.type,
+            "cell": cell,
+            "shape": kind.shape,
+            "x": x,
+            "y": y,
+            "angle": angle,
+            "length": size * kind.length,
+            "width": size * kind.width,
+            "colours": kind.colours,
+            "tint": tuple(rng.uniform(0.88, 1.12) * rng.uniform(0.97, 1.03, 3)),
+            **fields,
+        }
+    )
+
+
 def _bins(rng: np.random.Generator, big: float) -> dict[str, tuple[Kind, int]]:
     """Draws the parts of the bins: two sizes of one kind, and two compact kinds."""
     shape, width = pick(rng, (("screw", 0.066), ("pin", 0.046), ("link", 0.060)))
     metal = (pick(rng, _METALS),)
-    plastics = list(_PLASTICS.values())
+    plastics = list(PLASTICS.values())
     compact = [
         Kind("nut", "nut", 0.084, 0.084, (pick(rng, _METALS),)),
         Kind("washer", "washer", 0.084, 0.084, (pick(rng, _METALS),)),

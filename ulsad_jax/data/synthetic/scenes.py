@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ulsad_jax.data.synthetic import drawing as drawing
-from ulsad_jax.data.synthetic.design import ROWS, Cell, Design, Kind, pick
+from ulsad_jax.data.synthetic.design import (
+    ROWS,
+    Cell,
+    Design,
+    Ground,
+    Kind,
+    pick,
+    piece,
+)
 from ulsad_jax.data.synthetic.drawing import Light, Mark
 from ulsad_jax.data.synthetic.parts import Colour, Part, View
 from ulsad_jax.data.synthetic.shapes import coverage
@@ -39,6 +47,7 @@ class Scene:
         gradient: relative change of light from the centre to the right and bottom.
         grain: standard deviation of the sensor's noise.
         seed: seed of the textures and the noise.
+        shadow: (depth, azimuth, distance from the centre) of a wide soft shadow.
     """
 
     parts: tuple[Part, ...]
@@ -49,6 +58,7 @@ class Scene:
     gradient: tuple[float, float]
     grain: float
     seed: int
+    shadow: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 # A normal scene -------------------------------------------------------------
@@ -62,6 +72,11 @@ def draw_scene(design: Design, rng: np.random.Generator) -> Scene:
     parts += _rack(design, rng)
     parts.append(_module(design, rng))
     parts += _harness(design, rng)
+    return shoot(design, rng, parts)
+
+
+def shoot(design: Ground, rng: np.random.Generator, parts: Sequence[Part]) -> Scene:
+    """Returns a scene of `parts` with a random camera, lamp and exposure."""
     gain = rng.uniform(0.76, 1.24)
     return Scene(
         parts=tuple(parts),
@@ -82,34 +97,6 @@ def draw_scene(design: Design, rng: np.random.Generator) -> Scene:
     )
 
 
-def _piece(
-    rng: np.random.Generator,
-    kind: Kind,
-    cell: Cell,
-    x: float,
-    y: float,
-    angle: float,
-    **fields,
-) -> Part:
-    """Returns a part of a kind, slightly off its nominal size and colour."""
-    size = rng.uniform(0.97, 1.03)
-    return Part(
-        **{
-            "type": kind.type,
-            "cell": cell.name,
-            "shape": kind.shape,
-            "x": x,
-            "y": y,
-            "angle": angle,
-            "length": size * kind.length,
-            "width": size * kind.width,
-            "colours": kind.colours,
-            "tint": tuple(rng.uniform(0.88, 1.12) * rng.uniform(0.97, 1.03, 3)),
-            **fields,
-        }
-    )
-
-
 def fill(rng: np.random.Generator, cell: Cell, kind: Kind, count: int) -> list[Part]:
     """Returns `count` parts in their places in a compartment."""
     return [put(rng, cell, kind, *place) for place in _places(cell, kind, count)]
@@ -120,7 +107,7 @@ def put(
 ) -> Part:
     """Returns a part near its place, with a small random shift and rotation."""
     x, y = x + rng.uniform(-0.011, 0.011), y + rng.uniform(-0.011, 0.011)
-    return _piece(rng, kind, cell, x, y, angle + rng.uniform(-0.12, 0.12))
+    return piece(rng, kind, cell.name, x, y, angle + rng.uniform(-0.12, 0.12))
 
 
 def _places(cell: Cell, kind: Kind, count: int) -> list[tuple[float, float, float]]:
@@ -165,7 +152,7 @@ def drop(
         gap = np.minimum(gap, apart - r - other.width / 2)
     room = 0.006
     i = int(np.argmax(np.minimum(gap, room)))  # the first with room, else the best
-    return _piece(rng, kind, cell, float(x[i]), float(y[i]), float(angle[i]))
+    return piece(rng, kind, cell.name, float(x[i]), float(y[i]), float(angle[i]))
 
 
 def _discs(x, y, angle, length: float, width: float) -> Float32[np.ndarray, "... k 2"]:
@@ -200,7 +187,7 @@ def set_fuse(
     x, y = cell.at(u, rng.uniform(-0.012, 0.012))
     angle = cell.axis + math.pi / 2 + rng.uniform(-0.12, 0.12)
     detail = (float(slot), float(which))
-    return _piece(rng, design.fuses[which], cell, x, y, angle, detail=detail)
+    return piece(rng, design.fuses[which], cell.name, x, y, angle, detail=detail)
 
 
 def _module(design: Design, rng: np.random.Generator) -> Part:
@@ -208,7 +195,7 @@ def _module(design: Design, rng: np.random.Generator) -> Part:
     x = cell.x + rng.uniform(-0.02, 0.02)
     y = cell.y + rng.uniform(-0.02, 0.02)
     angle = design.module_angle + rng.uniform(-0.2, 0.2)
-    return _piece(rng, design.module, cell, x, y, angle)
+    return piece(rng, design.module, cell.name, x, y, angle)
 
 
 def _harness(design: Design, rng: np.random.Generator) -> list[Part]:
@@ -221,10 +208,10 @@ def _harness(design: Design, rng: np.random.Generator) -> list[Part]:
     for side in (-1, 1):
         x, y = cell.at(side * reach, 0.0)
         angle = cell.axis + (math.pi if side > 0 else 0.0)
-        block = _piece(
+        block = piece(
             rng,
             design.terminal,
-            cell,
+            cell.name,
             x,
             y,
             angle,
@@ -232,10 +219,10 @@ def _harness(design: Design, rng: np.random.Generator) -> list[Part]:
             detail=(float(ROWS),),
         )
         blocks.append(block)
-    label = _piece(
+    label = piece(
         rng,
         design.label,
-        place,
+        place.name,
         place.x + rng.uniform(-0.02, 0.02),
         place.y + rng.uniform(-0.02, 0.02),
         rng.uniform(-0.15, 0.15),
@@ -260,7 +247,7 @@ def lay_cable(
     detail = (start, end, float(sag), float(rng.uniform(-0.8, 0.8)))
     kind = dataclasses.replace(design.cable, colours=(colour,))
     length = 2 * (reach - 0.3 * design.terminal.length)
-    return _piece(rng, kind, cell, x, y, cell.axis, length=length, detail=detail)
+    return piece(rng, kind, cell.name, x, y, cell.axis, length=length, detail=detail)
 
 
 def violations(design: Design, scene: Scene) -> list[str]:
@@ -309,7 +296,7 @@ def view(scene: Scene, size: tuple[int, int]) -> View:
 
 
 def photograph(
-    design: Design, scene: Scene, size: tuple[int, int]
+    design: Ground, scene: Scene, size: tuple[int, int]
 ) -> Float32[np.ndarray, "h w 3"]:
     """Renders a scene without the sensor's noise, which `with_grain` adds.
 
@@ -342,7 +329,7 @@ def photograph(
     return _expose(scene, pixels / _SUPERSAMPLE**2)
 
 
-def _ground(design: Design, scene: Scene, coarse: View) -> Float32[np.ndarray, "h w 3"]:
+def _ground(design: Ground, scene: Scene, coarse: View) -> Float32[np.ndarray, "h w 3"]:
     """Renders the empty tray and the surface under it."""
     rng = np.random.default_rng([scene.seed, 0])
     shape = (coarse.height, coarse.width)
@@ -384,6 +371,9 @@ def _expose(
     y = np.linspace(-1, 1, h, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, w, dtype=np.float32)
     lamp = 1 + scene.gradient[0] * x + scene.gradient[1] * y - 0.05 * (x * x + y * y)
+    depth, azimuth, distance = scene.shadow
+    edge = x * math.cos(azimuth) + y * math.sin(azimuth) - distance
+    lamp *= 1 - depth / (1 + np.exp(-8 * edge))
     return light * lamp[..., None] * np.asarray(scene.exposure, np.float32)
 
 

@@ -247,6 +247,58 @@ def _fibre(u: Field, v: Field, part: Part, px: float) -> Surface:
     return Surface(offset - radius, rise, _flat(u, part.colours[0]), 0.1)
 
 
+def _knob(u: Field, v: Field, part: Part, px: float) -> Surface:
+    r = part.width / 2
+    radial, theta = np.hypot(u, v), np.arctan2(v, u)
+    distance = radial - r * (0.96 + 0.04 * np.cos(14 * theta))
+    cap = radial - 0.68 * r
+    pointer = box(u - 0.5 * r, v, 0.42 * r, 0.1 * r, 0.05 * r)
+    colour = _mix(_flat(u, part.colours[0]), part.colours[1], inside(pointer, px))
+    rise = dome(distance, 0.25 * r) + dome(cap, 0.2 * r)
+    return Surface(distance, rise, colour, 0.5)
+
+
+def _lamp(u: Field, v: Field, part: Part, px: float) -> Surface:
+    """Returns a lens in a metal ring, which glows by `detail[0]`, 0..1."""
+    r = part.width / 2
+    radial = np.hypot(u, v)
+    distance, lens = radial - r, radial - 0.76 * r
+    glow = part.detail[0] * np.clip(1.4 - radial / r, 0, 1)
+    glass = (0.5 + 0.5 * glow)[..., None] * _flat(u, part.colours[0])
+    glass = _mix(glass, _PAPER, 0.2 * glow)  # too bright for the camera
+    lit = inside(lens, px)[..., None]
+    colour = _flat(u, STEEL) * (1 - lit) + glass * lit
+    rise = dome(distance, 0.2 * r) + dome(lens, 0.5 * r)
+    return Surface(distance, rise, colour, 0.8)
+
+
+def _rocker(u: Field, v: Field, part: Part, px: float) -> Surface:
+    """Returns a rocker switch that is pressed at the end of the sign of `detail[0]`."""
+    length, w = part.length, part.width
+    frame = box(u, v, length / 2, w / 2, 0.12 * w)
+    lever = box(u, v, 0.4 * length, 0.36 * w, 0.06 * w)
+    dash = box(u - 0.24 * length, v, 0.09 * length, 0.06 * w, 0.0)
+    colour = _mix(_flat(u, _DARK), part.colours[0], inside(lever, px))
+    colour = _mix(colour, _PAPER, inside(dash, px))
+    tip = inside(lever, px) * (0.1 * w - 0.25 * part.detail[0] * u)
+    return Surface(frame, dome(frame, 0.1 * w) + tip, colour, 0.5)
+
+
+def _socket(u: Field, v: Field, part: Part, px: float) -> Surface:
+    r = part.width / 2
+    distance = np.hypot(u, v) - r
+    colour = _mix(_flat(u, part.colours[0]), _DARK, inside(distance + 0.4 * r, px))
+    return Surface(distance, dome(distance, 0.3 * r), colour, 0.4)
+
+
+def _bolt(u: Field, v: Field, part: Part, px: float) -> Surface:
+    r = part.width / 2
+    distance = np.hypot(u, v) - r
+    slot = box(u, v, 0.75 * r, 0.14 * r, 0.0)
+    colour = _mix(_flat(u, part.colours[0]), _DARK, 0.9 * inside(slot, px))
+    return Surface(distance, dome(distance, 0.5 * r), colour, 0.7)
+
+
 SHAPES: dict[str, Callable[[Field, Field, Part, float], Surface]] = {
     "screw": _screw,
     "pin": _pin,
@@ -262,6 +314,11 @@ SHAPES: dict[str, Callable[[Field, Field, Part, float], Surface]] = {
     "label": _label,
     "cable": _cable,
     "fibre": _fibre,
+    "knob": _knob,
+    "lamp": _lamp,
+    "rocker": _rocker,
+    "socket": _socket,
+    "bolt": _bolt,
 }
 
 

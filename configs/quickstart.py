@@ -9,7 +9,7 @@ def get_config(category: str = "assembly") -> ConfigDict:
     """Returns the built-in trunk, narrow networks and few epochs."""
     config = default.get_config(category)
     config.dataset.name = "synthetic"
-    config.trunk.architecture = "resnet18"
+    config.trunk.architecture = "resnet18_drawn"
     config.trunk.source = "builtin"
     config.model.local_width = 384
     config.train.num_epochs = 12

@@ -159,7 +159,7 @@ ADDED = {
 def test_field_that_was_added_later_means_what_runs_did_before(tmp_path, about, source):
     """Whatever the default has become, which for the built-in trunk it has."""
     trunk = make_config(**{"trunk.source": source}).trunk.to_dict()
-    trunk["architecture"] = "resnet18"
+    trunk["architecture"] = "resnet18_drawn"
     path = write_fields(
         tmp_path / "config.json", [*ADDED, "methods"], trunk=trunk, **about
     )
@@ -178,18 +178,22 @@ def test_file_of_another_format(tmp_path, found):
     assert f"found format {found}: another version wrote it" in str(e.value)
 
 
-@pytest.mark.parametrize("source", ["builtin", "hub"])
-def test_what_auto_became_is_kept(tmp_path, source):
+@pytest.mark.parametrize(
+    ("architecture", "layers", "whiten"),
+    [
+        ("resnet18", "layer2+layer3", "never"),
+        ("tf_efficientnet_lite0", "stage3+stage5", "always"),
+    ],
+)
+def test_what_auto_became_is_kept(tmp_path, architecture, layers, whiten):
     """In a file, and in one of today's folders that says auto."""
-    config = make_config(**{"trunk.source": source, "trunk.architecture": "resnet18"})
+    config = make_config(**{"trunk.architecture": architecture})
     resolved = config_lib.resolve(config)
     assert "auto" not in dict(config_lib.flatten(resolved)).values()
     assert config.trunk.layers == config.trunk.whiten == "auto"
     config_lib.save(resolved, tmp_path / "config.json")
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["format"] == config_lib.FORMAT
-    layers = "layer2" if source == "builtin" else "layer2+layer3"
-    whiten = "always" if source == "builtin" else "never"
     assert (written["trunk"]["layers"], written["trunk"]["whiten"]) == (layers, whiten)
     loaded = config_lib.load(tmp_path / "config.json")
     assert loaded.to_dict() == resolved.to_dict()
@@ -299,16 +303,16 @@ def test_tuple_given_twice(tmp_path, config, flags, together):
 
 
 @pytest.mark.parametrize(
-    ("source", "whiten", "expected"),
+    ("architecture", "source", "whiten", "expected"),
     [
-        ("builtin", "auto", True),
-        ("hub", "auto", False),
-        ("random", "auto", False),
-        ("random", "always", True),
-        ("builtin", "never", False),
+        ("tf_efficientnet_lite0", "builtin", "auto", True),
+        ("tf_efficientnet_lite0", "hub", "auto", True),
+        ("resnet18", "hub", "auto", False),
+        ("resnet18", "random", "always", True),
+        ("resnet18_drawn", "builtin", "never", False),
     ],
 )
-def test_built_in_trunk_is_whitened_by_itself(source, whiten, expected):
-    fields = {"trunk.architecture": "resnet18", "trunk.source": source}
+def test_whitening_follows_the_architecture(architecture, source, whiten, expected):
+    fields = {"trunk.architecture": architecture, "trunk.source": source}
     config = make_config(**fields, **{"trunk.whiten": whiten})
     assert config_lib.whitens(config) == expected

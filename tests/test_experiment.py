@@ -632,17 +632,17 @@ def test_networks_are_what_the_config_says():
 
 
 @pytest.mark.parametrize(
-    ("source", "layers", "expected"),
+    ("architecture", "layers", "expected"),
     [
-        ("builtin", "auto", "layer2"),
-        ("hub", "auto", "layer2+layer3"),
-        ("random", "auto", "layer2+layer3"),
-        ("builtin", "layer2+layer3", "layer2+layer3"),
-        ("hub", "layer2", "layer2"),
+        ("tf_efficientnet_lite0", "auto", "stage3+stage5"),
+        ("resnet18_drawn", "auto", "layer2"),
+        ("resnet18", "auto", "layer2+layer3"),
+        ("resnet18_drawn", "layer2+layer3", "layer2+layer3"),
+        ("resnet18", "layer2", "layer2"),
     ],
 )
-def test_built_in_trunk_has_layer2_by_itself(source, layers, expected):
-    fields = {"trunk.source": source, "trunk.layers": layers}
+def test_layers_follow_the_architecture(architecture, layers, expected):
+    fields = {"trunk.architecture": architecture, "trunk.layers": layers}
     config = runs.make_config(Path("data"), fields)
     resolved = config_lib.resolve(config)
     assert setup.make(resolved).pyramid.layers == expected

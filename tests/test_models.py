@@ -10,10 +10,12 @@ import pytest
 from ulsad_jax.methods.ulsad.autoencoder import GlobalAutoencoder, decoder_sizes
 from ulsad_jax.methods.ulsad.local import LocalReconstructor
 from ulsad_jax.methods.ulsad.networks import Networks
+from ulsad_jax.trunks import base
 from ulsad_jax.trunks.pyramid import FeaturePyramid
-from ulsad_jax.trunks.resnet import TRUNKS, fold_batch_norm
+from ulsad_jax.trunks.resnet import TRUNKS
 
 SIZES = [(64, 64), (64, 96), (96, 64), (128, 128), (256, 256), (320, 224)]
+LITE = [f"tf_efficientnet_lite{i}" for i in range(3)]
 SMALL = (64, 96)  # pixels of the tests that compute
 
 
@@ -97,18 +99,16 @@ def test_trunk_parameters(architecture, parameters):
     assert count(variables["params"]) == parameters
 
 
-@pytest.mark.parametrize("architecture", TRUNKS)
+@pytest.mark.parametrize("architecture", [*TRUNKS, *LITE])
 def test_folded_trunk_has_a_bias_for_every_batch_norm(architecture):
-    image = spec(1, 64, 64, 3)
-    whole, _ = shapes(TRUNKS[architecture].make(), image)
-    folded, _ = shapes(TRUNKS[architecture].make(folded=True), image)
+    image, trunk = spec(1, 64, 64, 3), base.find(architecture)
+    whole, _ = shapes(trunk.make(), image)
+    folded, _ = shapes(trunk.make(folded=True), image)
     assert folded.keys() == {"params"}
     # Of scale, shift, mean and variance one number is left.
     assert count(folded) == count(whole["params"]) - count(whole["batch_stats"]) / 2
     ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), whole)
-    assert jax.tree.map(np.shape, fold_batch_norm(ones)) == jax.tree.map(
-        np.shape, folded
-    )
+    assert jax.tree.map(np.shape, trunk.fold(ones)) == jax.tree.map(np.shape, folded)
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
@@ -127,7 +127,7 @@ def test_folded_trunk_computes_the_same(architecture):
     before = jax.device_get(variables)
     expected = jax.jit(TRUNKS[architecture].make().apply)(variables, image)
     found = jax.jit(TRUNKS[architecture].make(folded=True).apply)(
-        fold_batch_norm(variables), image
+        TRUNKS[architecture].fold(variables), image
     )
     assert found.keys() == expected.keys()
     for name, value in expected.items():

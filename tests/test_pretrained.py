@@ -54,11 +54,12 @@ def test_random_trunk_depends_on_the_seed_alone(random_trunk):
     assert random_trunk.identity.source == "random:0"
 
 
-def test_builtin_trunk_is_what_its_metadata_says():
-    with safe_open(base.find("resnet18").builtin.path, framework="numpy") as file:
+def test_drawn_trunk_is_what_its_metadata_says():
+    name = "resnet18_drawn"
+    with safe_open(base.find(name).builtin, framework="numpy") as file:
         about = file.metadata()
-    trunk = load(source="builtin")
-    assert trunk.identity.source == "builtin:resnet18"
+    trunk = load(architecture=name, source="builtin")
+    assert trunk.identity.source == "builtin:resnet18_drawn"
     assert trunk.identity.sha256 == about["sha256"]
     assert about["license"] == "Apache-2.0"
     assert json.loads(about["config"])["architecture"] == "resnet18"

@@ -221,7 +221,8 @@ def test_features_are_extracted_once_for_all_seeds(data, tmp_path, monkeypatch):
         sweep, "Source", lambda *a, **how: made.append(1) or source(*a, **how)
     )
     monkeypatch.setattr(wave, "train", lambda *a: waves.append(len(a[0])) or train(*a))
-    config.trunk.source = "builtin"  # a random one is another for each seed
+    # A random one is another for each seed.
+    config.trunk.update(source="builtin", architecture="resnet18_drawn")
     for name, allowed, expected in (("both", 0.0, [2]), ("apart", 1e-9, [1, 1])):
         made.clear(), waves.clear()
         config.sweep.device_memory = allowed

@@ -142,3 +142,9 @@ def images(n: int, size: int, *, seed: int) -> np.ndarray:
     out -= out.min(axis=(1, 2, 3), keepdims=True)
     out /= out.max(axis=(1, 2, 3), keepdims=True)
     return out.astype(np.float32)
+
+
+def levels(height: int, width: int) -> np.ndarray:
+    """The upper left of the first image of seed 0, uint8 [1, height, width, 3]."""
+    image = images(1, max(height, width), seed=0)[:, :height, :width]
+    return np.round(image * 255).astype(np.uint8)

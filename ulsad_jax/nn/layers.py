@@ -8,13 +8,14 @@ converts them). Activations are NHWC.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.typing import DTypeLike
 
 from ulsad_jax.nn.convolution import convolve, convolve_transposed
@@ -227,3 +228,37 @@ class BatchNorm(nn.Module):
     def _shares(self) -> int:
         """Returns the number of equal parts into which the batch is divided."""
         return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
+
+
+def fold_batch_norm(
+    variables: Mapping[str, Any],
+    norm_of: Callable[[tuple[str, ...]], str],
+    epsilon: float = BatchNorm.epsilon,
+) -> dict[str, Any]:
+    """Returns NumPy variables without batch norm, whose convolutions do its work.
+
+    Batch norm by running statistics multiplies every channel by one number and adds
+    another. The first is folded into the kernel, the second becomes a bias.
+
+    Args:
+        variables: variables of a module whose convolutions have no bias, and are each
+            followed by a `BatchNorm` beside it.
+        norm_of: function that maps a convolution's path to the name of its batch norm.
+        epsilon: the batch norm's.
+    """
+    params, stats = (
+        traverse_util.flatten_dict(variables[kind])
+        for kind in ("params", "batch_stats")
+    )
+    folded = {}
+    for path, kernel in params.items():
+        *conv, leaf = path
+        if leaf != "kernel":
+            continue
+        norm = (*conv[:-1], norm_of(tuple(conv)))
+        var = np.asarray(stats[*norm, "var"], np.float64)
+        scale = params[*norm, "scale"] / np.sqrt(var + epsilon)
+        bias = params[*norm, "bias"] - stats[*norm, "mean"] * scale
+        folded[path] = np.asarray(kernel * scale, np.float32)
+        folded[*conv, "bias"] = np.asarray(bias, np.float32)
+    return {"params": traverse_util.unflatten_dict(folded)}

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -26,20 +26,7 @@ if TYPE_CHECKING:
 
 FIELD = "config.trunk.architecture"
 AUTO, BUILTIN = "auto", "builtin"  # values of config.trunk's fields
-
-
-class Builtin(NamedTuple):
-    """Weights that are included with an architecture, and the best features of them.
-
-    Attributes:
-        path: .safetensors file in PyTorch's names.
-        layers: names of the outputs used as features; see `Architecture`.
-        whiten: True to decorrelate the features; see `Architecture`.
-    """
-
-    path: Path
-    layers: str
-    whiten: bool
+WEIGHTS = Path(__file__).parents[1] / "weights"  # folder of the files of `builtin`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +48,7 @@ class Architecture:
         fold: function that maps published variables to those of inference, for example
             with batch norm folded into convolutions.
         unused: prefixes of the names of published arrays that the module does not use.
-        builtin: weights that are included with it, or None.
+        builtin: .safetensors file in PyTorch's names that is included with it, or None.
     """
 
     make: Callable[..., nn.Module]
@@ -72,7 +59,7 @@ class Architecture:
     multiple: int = 32
     fold: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     unused: tuple[str, ...] = ()
-    builtin: Builtin | None = None
+    builtin: Path | None = None
 
 
 def collect() -> Mapping[str, Architecture]:
@@ -103,11 +90,9 @@ def resolve(trunk: ConfigDict) -> tuple[str, bool]:
     """Returns the names of the outputs used as features, and whether to whiten them.
 
     Args:
-        trunk: `config.trunk`. Its "auto" means the values of the architecture, or those
-            of the built-in weights if the source is "builtin".
+        trunk: `config.trunk`. Its "auto" means the values of the architecture.
     """
-    architecture = find(trunk.architecture)
-    best = architecture.builtin if trunk.source == BUILTIN else architecture
+    best = find(trunk.architecture)
     return (
         best.layers if trunk.layers == AUTO else trunk.layers,
         best.whiten if trunk.whiten == AUTO else trunk.whiten == "always",

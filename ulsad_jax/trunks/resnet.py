@@ -6,20 +6,17 @@ torchvision and timm, so that their weights fit.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 from jax.typing import DTypeLike
 
-from ulsad_jax.nn.layers import BatchNorm, Conv, normalize_image
-from ulsad_jax.trunks.base import Architecture, Builtin
+from ulsad_jax.nn.layers import BatchNorm, Conv, fold_batch_norm, normalize_image
+from ulsad_jax.trunks.base import WEIGHTS, Architecture
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
@@ -74,7 +71,7 @@ class ResNet(nn.Module):
             doubles it.
         dtype: computation type.
         folded: True if batch norm is part of the convolutions; the variables are then
-            those of `fold_batch_norm`.
+            those of `layers.fold_batch_norm`.
     """
 
     bottleneck: bool
@@ -125,33 +122,6 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
     return x
 
 
-def fold_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the NumPy variables of a folded `ResNet` with the same outputs.
-
-    Batch norm by running statistics multiplies every channel by one number and adds
-    another. The first is folded into the kernel, the second becomes a bias.
-
-    Args:
-        variables: variables of a `ResNet` that is not folded.
-    """
-    params, stats = (
-        traverse_util.flatten_dict(variables[kind])
-        for kind in ("params", "batch_stats")
-    )
-    folded = {}
-    for path, kernel in params.items():
-        *block, conv, leaf = path
-        if leaf != "kernel":
-            continue
-        norm = (*block, _norm_of(conv))
-        var = np.asarray(stats[*norm, "var"], np.float64)
-        scale = params[*norm, "scale"] / np.sqrt(var + BatchNorm.epsilon)
-        bias = params[*norm, "bias"] - stats[*norm, "mean"] * scale
-        folded[path] = np.asarray(kernel * scale, np.float32)
-        folded[*block, conv, "bias"] = np.asarray(bias, np.float32)
-    return {"params": traverse_util.unflatten_dict(folded)}
-
-
 def _conv(
     x: Float[Array, "b h w c"],
     features: int,
@@ -173,20 +143,17 @@ def _conv(
         dtype=dtype,
         name=name,
     )(x)
-    return y if folded else BatchNorm(name=_norm_of(name))(y, train=False)
+    return y if folded else BatchNorm(name=_norm_of((name,)))(y, train=False)
 
 
-def _norm_of(conv: str) -> str:
+def _norm_of(path: tuple[str, ...]) -> str:
     """Returns the name of a convolution's batch norm."""
     names = {"downsample_0": "downsample_1"}
-    return names.get(conv, conv.replace("conv", "bn"))
+    return names.get(path[-1], path[-1].replace("conv", "bn"))
 
 
 def _describe(
-    bottleneck: bool,
-    blocks: tuple[int, int, int],
-    width: int,
-    builtin: Builtin | None = None,
+    bottleneck: bool, blocks: tuple[int, int, int], width: int
 ) -> Architecture:
     """Returns the architecture that the method is published with.
 
@@ -197,22 +164,24 @@ def _describe(
         grid="layer2",
         layers="layer2+layer3",
         channels=384,
-        fold=fold_batch_norm,
+        fold=functools.partial(fold_batch_norm, norm_of=_norm_of),
         unused=("layer4.", "fc.", "classifier.", "head."),
-        builtin=builtin,
     )
 
 
-# Trained on synthetic drawn images, for which layer2's whitened features are best. The
-# file's metadata describes the training and names the commit of this repository that
-# contains the program.
-_DRAWN = Builtin(
-    Path(__file__).parents[1] / "weights" / "resnet18.safetensors", "layer2", True
-)
 TRUNKS = {
-    "resnet18": _describe(False, (2, 2, 2), 64, _DRAWN),
+    "resnet18": _describe(False, (2, 2, 2), 64),
     "resnet34": _describe(False, (3, 4, 6), 64),
     "resnet50": _describe(True, (3, 4, 6), 64),
     "wide_resnet50_2": _describe(True, (3, 4, 6), 128),
     "wide_resnet101_2": _describe(True, (3, 4, 23), 128),
 }
+# Trained on synthetic drawn images, for which layer2's whitened features are best. The
+# file's metadata describes the training and names the commit of this repository that
+# contains the program.
+TRUNKS["resnet18_drawn"] = dataclasses.replace(
+    TRUNKS["resnet18"],
+    layers="layer2",
+    whiten=True,
+    builtin=WEIGHTS / "resnet18.safetensors",
+)

@@ -100,7 +100,7 @@ def export(variables: Variables) -> dict[str, np.ndarray]:
 
 def _torch_name(path: tuple[str, ...]) -> str:
     kind, *modules, leaf = path
-    names = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    names = [re.sub(r"_(?=\d)", ".", module) for module in modules]
     return ".".join([*names, _LEAVES[kind, leaf]])
 
 

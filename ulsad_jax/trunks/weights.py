@@ -68,7 +68,7 @@ def load_trunk(
         return _draw(architecture, seed)
     if source == base.BUILTIN:
         stored = base.find(architecture).builtin
-        return _make(architecture, f"builtin:{architecture}", _read(stored.path))
+        return _make(architecture, f"builtin:{architecture}", _read(stored))
     if source == "hub":
         arrays, origin = _read(_download(repository)), f"hub:{repository}"
     else:

@@ -26,6 +26,7 @@ LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"  # MVTec LOCO'
 IMAGE, PIXEL = "image", "pixel"  # levels of metrics
 MODEL, ORIGINAL = "model", "original"  # resolutions of pixels
 FIELD = "config.evaluation.metrics"
+SCORE_AUROC = "score_auroc"  # prefix of the AUROC of each score
 
 
 class Images(NamedTuple):

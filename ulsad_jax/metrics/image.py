@@ -19,6 +19,7 @@ from ulsad_jax.metrics.base import (
     GOOD,
     IMAGE,
     LOGICAL,
+    SCORE_AUROC,
     STRUCTURAL,
     Images,
     Metric,
@@ -189,6 +190,29 @@ def _check(
             f"{labels[wrong[0]].item()!r} at index {wrong[0]}."
         )
     return labels == 1, scores
+
+
+def by_score(
+    labels: Num[np.ndarray, " n"],
+    types: Sequence[str],
+    scores: Mapping[str, Float[np.ndarray, " n"]],
+) -> dict[str, float]:
+    """Returns the AUROC of every score, {"score_auroc/<score>[/<type>]": value}.
+
+    Args:
+        labels: [n], 0 normal or 1 anomalous.
+        types: n names, "good" or the type of the anomaly.
+        scores: scores by name, [n]; a single one is that of the whole, and left out.
+    """
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedMetricWarning)  # `_auroc` warned
+        for name, values in scores.items() if len(scores) > 1 else ():
+            key = f"{SCORE_AUROC}/{name}"
+            found[key] = auroc(labels, values)
+            for kind, value in by_type(types, values).items():
+                found[f"{key}/{kind}"] = value
+    return found
 
 
 def _auroc(images: Images) -> dict[str, float]:

@@ -47,6 +47,7 @@ class CategoryFiles:
         epochs: lines of metrics.jsonl.
         curves: curves by name, see `evaluation.pixel_curves`.
         stages: time and memory by stage, see `stages.measure`.
+        fusion: fields of `fusion.Fusion` by name; None without a fusion of scores.
     """
 
     name: str
@@ -57,6 +58,7 @@ class CategoryFiles:
     epochs: list[dict[str, float]]
     curves: dict[str, dict[str, list[float]]]
     stages: dict[str, dict[str, Any]]
+    fusion: dict[str, dict[str, float]] | None = None
 
     @property
     def types(self) -> list[str]:

@@ -45,7 +45,7 @@ def compose(run: RunFiles) -> str:
         f"<nav>{links}</nav>" if len(categories) > 1 else "",
         *(
             f'<section id="category-{k}"><h2>{escape(category.name)}</h2>'
-            f"{sections.draw_category(category)}"
+            f"{sections.draw_category(category)}{sections.tabulate_scores(category)}"
             f"{sections.show_gallery(category, limit)}</section>"
             for k, category in enumerate(categories)
         ),

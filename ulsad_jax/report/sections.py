@@ -12,12 +12,14 @@ import numpy as np
 from PIL import Image
 
 from ulsad_jax.data.records import GOOD
+from ulsad_jax.metrics.base import SCORE_AUROC
 from ulsad_jax.metrics.curves import Curve, find_tie_ends, make_curve, thin
 from ulsad_jax.metrics.values import mean_row
 from ulsad_jax.report import tables
 from ulsad_jax.report.content import CategoryFiles, RunFiles, Shown
 from ulsad_jax.report.plots import Axis, Line, draw_histograms, draw_lines, fit_axis
 from ulsad_jax.runtime.nested import flatten
+from ulsad_jax.scoring.fusion import Fusion
 
 DASH = "–"
 PRO_LIMIT = 0.3  # end of the x axis of PRO and sPRO; limit of AUPRO
@@ -91,7 +93,8 @@ def show_gallery(category: CategoryFiles, limit: int) -> str:
     rows = category.by_badness()
     if not rows:
         return ""
-    cards = "".join(_show_card(row) for row in rows[:limit])
+    fusion = category.fusion and Fusion(**category.fusion)
+    cards = "".join(_show_card(row, fusion) for row in rows[:limit])
     wrong = sum(row.is_wrong for row in category.scores)
     return (
         f"<h3>Images</h3><p>Image, ground truth (green; a grey panel where it is not "
@@ -100,6 +103,29 @@ def show_gallery(category: CategoryFiles, limit: int) -> str:
         f"{len(category.scores)} test images, of which "
         f'{wrong} are decided wrongly.</p><div class="gallery">{cards}</div>'
     )
+
+
+def tabulate_scores(category: CategoryFiles) -> str:
+    """Returns a table of every score's AUROC by type; empty if there is only one."""
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in category.metrics.items():
+        if key.startswith(f"{SCORE_AUROC}/"):
+            _, name, *kind = key.split("/", 2)
+            rows.setdefault(name, {})[kind[0] if kind else "all"] = value
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
+    cells = [
+        (name, *(_percent(row.get(kind, math.nan)) for kind in kinds))
+        for name, row in rows.items()
+    ]
+    if not cells:
+        return ""
+    colours = "".join(
+        f'<li class="c{i % 8}"><i></i>{escape(name)}</li>'
+        for i, name in enumerate(category.fusion["weight"] if category.fusion else ())
+    )
+    table = _table("", ("score", *kinds), cells)
+    legend = f'<ul class="legend">{colours}</ul>' if colours else ""
+    return f"<h3>Image AUROC by score, %</h3>{table}{legend}"
 
 
 def tabulate_stages(categories: Sequence[CategoryFiles]) -> str:
@@ -250,7 +276,7 @@ def _at_best(category: CategoryFiles, name: str) -> tuple[float | None, str]:
     return category.metrics.get(name), ""
 
 
-def _show_card(row: Shown) -> str:
+def _show_card(row: Shown, fusion: Fusion | None) -> str:
     verdict = {
         (True, False): "missed",
         (False, True): "false alarm",
@@ -259,8 +285,10 @@ def _show_card(row: Shown) -> str:
     }[row.is_defective, row.result.is_anomalous]
     style = "wrong" if row.is_wrong else "right"
     name = escape(row.name)
-    parts = ", ".join(f"{escape(k)} {v:.3g}" for k, v in row.result.scores.items())
+    terms = fusion.terms(row.result.scores) if fusion else row.result.scores
+    parts = ", ".join(f"{escape(k)} {v:.3g}" for k, v in terms.items())
     parts = f" ({parts})" if len(row.result.scores) > 1 else ""
+    bar = _show_terms(terms) if fusion else ""
     with Image.open(row.picture) as picture:
         data = io.BytesIO()
         picture.convert("RGB").save(data, "WEBP", quality=QUALITY)
@@ -271,9 +299,20 @@ def _show_card(row: Shown) -> str:
         f'alt="{name}: image, ground truth, heatmap" width="{width}" '
         f'height="{height}"><figcaption>'
         f'<b class="{style}">{verdict}</b> <span class="file">{name}</span> '
-        f'<span class="scores">score {row.result.score:.4g}{parts}</span>'
+        f'<span class="scores">score {row.result.score:.4g}{parts}</span>{bar}'
         "</figcaption></figure>"
     )
+
+
+def _show_terms(terms: Mapping[str, float]) -> str:
+    """Returns a bar whose parts are the shares of the positive terms of a score."""
+    total = sum(max(v, 0.0) for v in terms.values()) or 1.0
+    parts = (
+        f'<i class="c{i % 8}" style="width:{100 * max(v, 0.0) / total:.1f}%" '
+        f'title="{escape(name)} {v:.3g}"></i>'
+        for i, (name, v) in enumerate(terms.items())
+    )
+    return f'<span class="terms">{"".join(parts)}</span>'
 
 
 def _tabulate_metrics(

@@ -84,6 +84,8 @@ rect.defect { fill: var(--defect); }
 .card figcaption { font-weight: 400; font-size: .85rem; margin-top: 6px; }
 .card .file { font-weight: 600; margin-right: 6px; }
 .card .scores { display: block; color: var(--faint); }
+.terms { display: flex; height: 6px; margin-top: 4px; }
+.terms i { background: var(--c); }
 .card b { border-radius: 4px; padding: 1px 6px; color: var(--page); }
 .card b.wrong { background: var(--bad); }
 .card b.right { background: var(--good); }

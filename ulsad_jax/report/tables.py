@@ -107,8 +107,10 @@ def _decision_lines(
     *,
     thresholds: Mapping[str, float],
     basis: Mapping[str, Any],
+    fusion: Any = None,
 ) -> list[str]:
     """Returns the thresholds, their expected rates, and their rates on the test set."""
+    del fusion  # the report shows it
     count = len(basis["validation_scores"])
     promised = {"image": "given by hand", "pixel": "given by hand"}
     if (asked := basis["image_fpr"]) is not None:

@@ -15,6 +15,7 @@ import numpy as np
 from ulsad_jax.data.records import TEST
 from ulsad_jax.data.survey import digest
 from ulsad_jax.metrics import base as metrics_base
+from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.metrics.base import IMAGE, ORIGINAL, PIXEL, Images
 from ulsad_jax.metrics.pixel import Pixels
 from ulsad_jax.metrics.values import finite
@@ -91,8 +92,9 @@ def evaluate(
             step, {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)}
         )
         writer.pictures(step, _write_pictures(run, prediction, truth, weights))
+    fusion = weights.calibration.to_json()["fusion"]
     document = _origin(run, step, **given) | {
-        "decisions": decisions.to_json(),
+        "decisions": decisions.to_json() | ({"fusion": fusion} if fusion else {}),
         "metrics": finite(metrics),
     }
     text = json.dumps(document, indent=2) + "\n"
@@ -175,6 +177,7 @@ def _measure(
     loco, maps = run.data.has_saturation, prediction.anomaly_map
     images = Images(truth.labels, truth.types, prediction.score, loco)
     metrics |= metrics_base.measure(chosen, IMAGE, images)
+    metrics |= image_metrics.by_score(truth.labels, truth.types, prediction.scores)
     known = truth.has_mask
     pixels = Pixels(truth.masks[known], maps[known])
     metrics |= metrics_base.measure(chosen, PIXEL, pixels)

@@ -114,7 +114,10 @@ def test_trunk_that_will_not_do(data, tmp_path, fields, message):
 
 def test_every_trunk_gives_what_it_names():
     for name, architecture in base.collect().items():
-        for layers in (architecture.layers, *base.shapes(name)[0]):
-            base.check_layers(name, layers)
-            found = feature_shape(FeaturePyramid(name, layers=layers), (64, 96))
-            assert found == (8, 12, 384)
+        base.check_layers(name, architecture.layers)
+        outputs, multiple = base.shapes(name)[0], architecture.multiple
+        side = outputs[architecture.grid].shape[1]  # of a square of 2 multiples
+        channels = sum(output.shape[-1] for output in outputs.values())
+        pyramid = FeaturePyramid(name, layers="+".join(outputs))
+        found = feature_shape(pyramid, (2 * multiple, 3 * multiple))
+        assert found == (side, 3 * side // 2, architecture.channels or channels)

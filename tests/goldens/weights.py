@@ -8,6 +8,7 @@ transposed convolutions are (in, out, kh, kw).
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import numpy as np
@@ -100,14 +101,34 @@ def global_spec() -> Spec:
     return spec
 
 
+def vit_spec(kind: str, *, width: int, blocks: int) -> Spec:
+    """timm's ViT of DINOv2 or DINOv3, without a head."""
+    v2 = kind == "dinov2"
+    scales = ("ls1.gamma", "ls2.gamma") if v2 else ("gamma_1", "gamma_2")
+    vectors = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", *scales)
+    linear = {"attn.qkv": (3, 1), "attn.proj": (1, 1)}
+    linear |= {"mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+    spec: Spec = {"cls_token": (1, 1, width)}
+    spec |= {"pos_embed": (1, 1370, width)} if v2 else {"reg_token": (1, 4, width)}
+    _conv(spec, "patch_embed.proj", width, 3, 14 if v2 else 16, bias=True)
+    for b in range(blocks):
+        for name, (out, inp) in linear.items():
+            spec[f"blocks.{b}.{name}.weight"] = (out * width, inp * width)
+            if v2 or name != "attn.qkv":
+                spec[f"blocks.{b}.{name}.bias"] = (out * width,)
+        for name in vectors:
+            spec[f"blocks.{b}.{name}"] = (width,)
+    return spec | {"norm.weight": (width,), "norm.bias": (width,)}
+
+
 def fill(spec: Spec, *, prefix: str, seed: int) -> dict[str, np.ndarray]:
     """Arrays for `spec`; `prefix` keeps equal names of two networks apart."""
     out: dict[str, np.ndarray] = {}
     for name, shape in spec.items():
         rng = np.random.default_rng([seed, zlib.crc32(f"{prefix}/{name}".encode())])
         z = rng.standard_normal(shape, dtype=np.float32)
-        if len(shape) == 4:
-            fan_in = shape[1] * shape[2] * shape[3]
+        if len(shape) in (2, 4):
+            fan_in = math.prod(shape[1:])
             if prefix == "local" and name.startswith("deconv"):
                 # An output of a transposed convolution sees in * k*k / stride^2 inputs.
                 stride = 1 if name.startswith("deconv3") else 2
@@ -115,7 +136,7 @@ def fill(spec: Spec, *, prefix: str, seed: int) -> dict[str, np.ndarray]:
             z *= np.float32(np.sqrt(2.0 / fan_in))
         elif name.endswith("running_var"):
             z = 1.0 + 0.1 * np.abs(z)
-        elif name.endswith(".weight"):
+        elif name.endswith(".weight") or "gamma" in name:
             z = 1.0 + 0.1 * z
         else:
             z = 0.1 * z

@@ -2,8 +2,9 @@
 
 A module's name here is PyTorch's with "." before a number written "_", so one rule
 converts every network: "layer1.0.conv1.weight" is params/layer1_0/conv1/kernel.
-Convolutions are (out, in, kh, kw) there and [kh, kw, in, out] here; transposed ones
-are (in, out, kh, kw) there and flipped here (see `nn.layers`).
+Convolutions are (out, in, kh, kw) there and [kh, kw, in, out] here, matrices (out, in)
+and [in, out]; transposed convolutions are (in, out, kh, kw) there and flipped here (see
+`nn.layers`). Parameters that no layer of Flax has keep their names and axes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from ulsad_jax.trunks import base
 
 Variables = dict[str, Any]
 _LEAVES = {
-    ("params", "bias"): "bias",
     ("params", "scale"): "weight",
     ("params", "kernel"): "weight",
     ("params", "transposed_kernel"): "weight",
@@ -101,12 +101,12 @@ def export(variables: Variables) -> dict[str, np.ndarray]:
 def _torch_name(path: tuple[str, ...]) -> str:
     kind, *modules, leaf = path
     names = [re.sub(r"_(?=\d)", ".", module) for module in modules]
-    return ".".join([*names, _LEAVES[kind, leaf]])
+    return ".".join([*names, _LEAVES.get((kind, leaf), leaf)])
 
 
 def _from_torch(leaf: str, value: np.ndarray) -> np.ndarray:
-    if leaf == "kernel" and value.ndim == 4:
-        return value.transpose(2, 3, 1, 0)
+    if leaf == "kernel" and value.ndim >= 2:
+        return np.moveaxis(value, (1, 0), (-2, -1))
     if leaf == "transposed_kernel" and value.ndim == 4:
         return value[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
     return value
@@ -114,7 +114,7 @@ def _from_torch(leaf: str, value: np.ndarray) -> np.ndarray:
 
 def _to_torch(leaf: str, value: np.ndarray) -> np.ndarray:
     if leaf == "kernel":
-        return value.transpose(3, 2, 0, 1)
+        return np.moveaxis(value, (-2, -1), (1, 0))
     if leaf == "transposed_kernel":
         return value.transpose(2, 3, 0, 1)[:, :, ::-1, ::-1]
     return value

@@ -170,14 +170,6 @@ def _check_trunk(config: ConfigDict) -> None:
     """
     trunk = config.trunk
     architecture = trunks.find(trunk.architecture)
-    if trunk.source == trunks.BUILTIN and architecture.builtin is None:
-        known = [name for name, found in trunks.collect().items() if found.builtin]
-        raise UserError(
-            f"Expected config.trunk.architecture to be one that has weights built in "
-            f"({', '.join(known)}), found {trunk.architecture!r}. Set it with "
-            f"--config.trunk.architecture={known[0]}, or take another "
-            "--config.trunk.source."
-        )
     if trunk.source == "file" and not trunk.path:
         raise UserError(
             "Expected config.trunk.path to name a file, as config.trunk.source is "

@@ -62,13 +62,14 @@ def load_trunk(
 
     Raises:
         UserError: the weights cannot be read, are not finite, or belong to another
-            architecture.
+            architecture; or the architecture has none built in.
     """
     if source == "random":
         return _draw(architecture, seed)
     if source == base.BUILTIN:
-        stored = base.find(architecture).builtin
-        return _make(architecture, f"builtin:{architecture}", _read(stored))
+        return _make(
+            architecture, f"builtin:{architecture}", _read_builtin(architecture)
+        )
     if source == "hub":
         arrays, origin = _read(_download(repository)), f"hub:{repository}"
     else:
@@ -161,6 +162,19 @@ def _make(architecture: str, source: str, arrays: Mapping[str, np.ndarray]) -> T
     identity = TrunkIdentity(architecture, source, digest.hexdigest())
     own = jax.device_put(pyramid_variables(architecture, variables))
     return Trunk(identity, arrays, own)
+
+
+def _read_builtin(architecture: str) -> dict[str, np.ndarray]:
+    stored = base.find(architecture).builtin
+    if stored is None:
+        known = [name for name, found in base.collect().items() if found.builtin]
+        raise UserError(
+            f"Expected config.trunk.architecture to be one that has weights built in "
+            f"({', '.join(known)}), found {architecture!r}. Set it with "
+            f"--config.trunk.architecture={known[0]}, or take another "
+            "--config.trunk.source."
+        )
+    return _read(stored)
 
 
 def _download(repository: str) -> Path:

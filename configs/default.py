@@ -74,8 +74,9 @@ def get_config(category: str = "all") -> ConfigDict:
 
     config.trunk = trunk = ConfigDict()
     # resnet18, resnet34, resnet50, wide_resnet50_2, wide_resnet101_2, resnet18_drawn,
-    # tf_efficientnet_lite0 to 2, or "module:attribute" of your own: see
-    # ulsad_jax/trunks/base.py.
+    # tf_efficientnet_lite0 to 2, vit_small_patch14_dinov2, vit_base_patch14_dinov2,
+    # vit_small_patch16_dinov3, vit_base_patch16_dinov3, or "module:attribute" of your
+    # own: see ulsad_jax/trunks/base.py.
     trunk.architecture = "wide_resnet50_2"
     # "hub" downloads `repository`, "file" reads `path`, "builtin" takes weights in
     # this package (tf_efficientnet_lite0, resnet18_drawn), "random" draws weights from
@@ -86,13 +87,13 @@ def get_config(category: str = "all") -> ConfigDict:
     # A .safetensors file, or a .pth file where PyTorch is installed.
     trunk.path = ""
     # Outputs of the trunk to use as features, joined with "+"; a ResNet has layer2 and
-    # layer3, an EfficientNet-Lite stage1 to stage5. "auto" is the architecture's
-    # default: both for ResNets, as published.
+    # layer3, an EfficientNet-Lite stage1 to stage5, a ViT block1 to block12. "auto" is
+    # the architecture's default: both for ResNets, as published.
     trunk.layers = "auto"
     # Whether features are decorrelated over the training images, in addition to the
     # scaling to unit variance that was published: "always", "never", or "auto", which
     # is the architecture's default: "never" for ResNets, as published, but "always" for
-    # those that have weights built in.
+    # the others and for those that have weights built in.
     trunk.whiten = "auto"
 
     config.model = model = ConfigDict()

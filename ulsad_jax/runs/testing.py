@@ -92,7 +92,7 @@ def evaluate(
             step, {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)}
         )
         writer.pictures(step, _write_pictures(run, prediction, truth, weights))
-    fusion = weights.calibration.to_json()["fusion"]
+    fusion = weights.calibration.to_json().get("fusion")
     document = _origin(run, step, **given) | {
         "decisions": decisions.to_json() | ({"fusion": fusion} if fusion else {}),
         "metrics": finite(metrics),

@@ -52,7 +52,7 @@ class Calibration:
         return {
             **{f"{name}_offset": value for name, value in self.offset.items()},
             **{f"{name}_scale": value for name, value in self.scale.items()},
-            "fusion": self.fusion and vars(self.fusion),
+            **({"fusion": vars(self.fusion)} if self.fusion else {}),
             "display_low": self.display_low,
             "display_high": self.display_high,
         }

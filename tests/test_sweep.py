@@ -92,8 +92,9 @@ def test_members_on_two_devices(swept, data, tmp_path):
     }
     command = [sys.executable, "train.py", "--config=configs/sweep.py:mvtec_ad:cable"]
     command += [f"--config.{name}={value}" for name, value in flags.items()]
+    two = "--xla_force_host_platform_device_count=2"
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {two}",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(

@@ -337,10 +337,11 @@ def test_diverging_member_leaves_the_others_alone(swept, data, tmp_path):
 
 
 def test_sweep_of_which_nothing_is_left_fails(data, tmp_path):
-    config = make_config(data, {"optimizer.learning_rate": (1e38,)}, category="cable")
+    axes = {"optimizer.learning_rate": (1e37, 1e38)}
+    config = make_config(data, axes, category="cable")
     with pytest.raises(UserError, match=r"found none:\n(.*\n)*.*failed: Expected fin"):
         sweep.train(config, tmp_path)
-    assert len(runs.read_table(tmp_path / "members.csv")) == 1
+    assert len(runs.read_table(tmp_path / "members.csv")) == 2
 
 
 def test_seed_is_one_column(swept):

@@ -26,7 +26,6 @@ import pytest  # noqa: E402
 
 from tests import runs, trees  # noqa: E402
 
-
 # From the longest one down, so that no process is left with one of them at the end.
 LONG_FILES = [
     *("test_parallel", "test_hosts", "test_sweep", "test_experiment", "test_parity"),

@@ -21,7 +21,7 @@ FLAGS = {
     "image_size": "(64, 64)",
     "trunk.source": "random",
     "trunk.architecture": "resnet18",
-    "model.local_width": "32",
+    "model.local_width": "8",
     "train.num_epochs": str(EPOCHS),
     "train.checkpoint_every": "3",
     "train.batch_size": "4",

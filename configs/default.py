@@ -90,6 +90,9 @@ def get_config(category: str = "all") -> ConfigDict:
     # layer3, an EfficientNet-Lite stage1 to stage5, a ViT block1 to block12. "auto" is
     # the architecture's default: both for ResNets, as published.
     trunk.layers = "auto"
+    # (height, width) in pixels at which images enter and the trunk sees them, or () for
+    # `image_size`. The method gets them resized to `image_size`, the size of its maps.
+    trunk.image_size = ()
     # Whether features are decorrelated over the training images, in addition to the
     # scaling to unit variance that was published: "always", "never", or "auto", which
     # is the architecture's default: "never" for ResNets, as published, but "always" for

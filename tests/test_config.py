@@ -107,6 +107,7 @@ def test_round_trip(tmp_path):
     loaded = config_lib.load(tmp_path / "config.json")
     assert loaded.to_dict() == config.to_dict()
     assert isinstance(loaded.image_size, tuple)
+    assert isinstance(loaded.trunk.image_size, tuple)
     config_lib.check_resumable(loaded, config, tmp_path)
 
 
@@ -149,6 +150,7 @@ ADDED = {
     "parallel.backend": "jit",
     "parallel.devices": 0,
     "train.feature_memory": 0.5,
+    "trunk.image_size": (),
     "trunk.layers": "layer2+layer3",
     "trunk.whiten": "never",
 }

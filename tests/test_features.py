@@ -108,7 +108,7 @@ def test_dead_channel_on_an_image_where_it_fires():
 def test_extraction_keeps_the_order(size):
     images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(3, axis=-1)
     kept, raw = sources.extract(
-        lambda image: jnp.float32(image) / 2,
+        lambda image: (image, jnp.float32(image) / 2),
         make_batches(images, [3, 0, 4, 1, 2], size),
         5,
     )

@@ -75,7 +75,8 @@ def write_run(workdir: Path, *, category="bottle", images=IMAGES, **about) -> Pa
         "image_size": [64, 64],
         "versions": {"jax": "0.10"},
     } | about
-    config = {"seed": 0, "dataset": {"name": "folder", "root": HOSTILE}}
+    dataset = {"name": "folder", "root": HOSTILE}
+    config = {"seed": 0, "dataset": dataset, "trunk": {}}
     (workdir / "config.json").write_text(json.dumps(config))
     results.write(workdir, {category: metrics}, about)
     return workdir

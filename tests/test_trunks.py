@@ -101,12 +101,21 @@ def test_own_trunk_from_a_file(toy, data, tmp_path):
         ({"trunk.architecture": "tests.no_trunk:TOY"}, "importable, found: No module"),
         (
             {"trunk.architecture": "tests.toy_trunk:COARSE"},
-            "image_size to be multiples",
+            r"config.image_size to be multiples.*trunk.image_size='\(1024, 1024\)'",
         ),
         (
-            {"trunk.architecture": "tests.toy_trunk:COARSE", "image_size": (96, 96)},
-            r"an eighth of the image's grid, \(12, 12\).*found \(6, 6\)",
+            {"trunk.architecture": "tests.toy_trunk:COARSE", "image_size": (128, 128)},
+            r"an eighth of the image's grid, \(16, 16\).*found \(8, 8\).*"
+            r"trunk\.image_size to 2 times the height and 2 times the width",
         ),
+        (
+            {
+                "trunk.architecture": "tests.toy_trunk:COARSE",
+                "trunk.image_size": (64, 128),
+            },
+            r"config\.trunk\.image_size to be multiples of 128, .*found \(64, 128\)",
+        ),
+        ({"trunk.image_size": (128,)}, r"trunk\.image_size to be \(height, width\), "),
     ],
 )
 def test_trunk_that_will_not_do(data, tmp_path, fields, message):

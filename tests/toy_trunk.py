@@ -35,5 +35,5 @@ class Toy(nn.Module):
 
 
 TOY = Architecture(Toy, grid="fine", layers="fine+coarse", whiten=True)
-# Features on a 16th of the image; of images whose sides are multiples of 48.
-COARSE = Architecture(functools.partial(Toy, 4), "fine", "fine", multiple=48)
+# Features on a 16th of the image; of images whose sides are multiples of 128.
+COARSE = Architecture(functools.partial(Toy, 4), "fine", "fine", multiple=128)

@@ -63,7 +63,7 @@ def write(run: Run, path: Path, platforms: Sequence[str]) -> None:
     metadata = describe(run) | {"platforms": list(platforms)}
     function = make_function(metadata, run.weights)
     (batch,) = export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *run.config.image_size, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, *run.image_size, 3), jnp.uint8)
     exported = export.export(jax.jit(function), platforms=platforms)(images)
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
@@ -141,7 +141,8 @@ def make_function(
     if weights.trunk is not None:
         trunk, dtype = config.trunk, jnp.dtype(config.train.dtype)
         levels = method.takes == methods.LEVELS
-        pyramid = FeaturePyramid(trunk.architecture, dtype, trunk.layers, levels)
+        size = tuple(metadata["map_size"])
+        pyramid = FeaturePyramid(trunk.architecture, dtype, trunk.layers, levels, size)
     predict = make_predict_step(
         pyramid, method, top_share=config.score.top_share, keep_maps=True
     )
@@ -167,7 +168,8 @@ def describe(run: Run) -> dict[str, Any]:
         "dataset": config.dataset.name,
         "category": run.category,
         "checkpoint": {"step": run.step, "selection": config.selection},
-        "image_size": list(config.image_size),
+        "image_size": list(run.image_size),
+        "map_size": list(config.image_size),
         "input": "uint8 [batch, height, width, 3], RGB, at image_size",
         "white_level": config.dataset.white_level,
         "resize": "bilinear, half-pixel centres, no antialiasing, aspect not kept",

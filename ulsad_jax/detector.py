@@ -29,7 +29,7 @@ class Prepared(NamedTuple):
     """An image in the form that the networks take.
 
     Attributes:
-        pixels: 8-bit RGB image at model resolution.
+        pixels: 8-bit RGB image at `Detector.image_size`.
         size: (height, width) of the input image in pixels.
     """
 
@@ -51,12 +51,12 @@ class Detector:
 
     def __init__(self, config: ConfigDict, weights: Weights, decisions: Decisions):
         """Takes the config, weights and decisions that `load` has read."""
-        self.image_size: tuple[int, int] = tuple(config.image_size)
         self.batch_size: int = config.evaluation.batch_size
         self.white_level: float = config.dataset.white_level
         self.decisions = decisions
         self._weights = weights
         made = setup.make(config)
+        self.image_size: tuple[int, int] = made.input_size
         self._predict = make_predict_step(
             made.pyramid,
             made.method,

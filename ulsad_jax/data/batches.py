@@ -75,12 +75,14 @@ class Examples:
         positions: index of each example in `source`.
         source: TFDS data source of one split, with images left encoded.
         image_size: (height, width) of the images in batches, in pixels.
+        mask_size: (height, width) of the masks in batches, in pixels.
     """
 
     records: list[Record]
     positions: list[int]
     source: Sequence[dict[str, Any]]
     image_size: tuple[int, int]
+    mask_size: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -114,7 +116,7 @@ class Examples:
         Yields:
             image: uint8 [b, H, W, 3].
             label: int32 [b]; 0 for normal, 1 for anomalous.
-            gt_mask: bool [b, H, W]; union of the ground-truth channels.
+            gt_mask: bool [b, h, w]; union of the ground-truth channels.
             has_mask: bool [b]; True if the defective pixels are known. Always True for
                 a normal image, which has none.
             mask_lost: bool [b]; True if there are defective pixels at the original
@@ -151,16 +153,16 @@ class Examples:
             return {
                 "image": np.zeros((*self.image_size, 3), np.uint8),
                 "label": np.int32(0),
-                "gt_mask": np.zeros(self.image_size, bool),
+                "gt_mask": np.zeros(self.mask_size, bool),
                 "has_mask": np.False_,
                 "mask_lost": np.False_,
                 "index": np.int32(0),
                 "valid": np.False_,
             }
         example = self.source[self.positions[i]]
-        gt_mask, is_defective = np.zeros(self.image_size, bool), False
+        gt_mask, is_defective = np.zeros(self.mask_size, bool), False
         for mask in map(_decode, example["masks"]["mask"]):
-            gt_mask |= resize_nearest(mask, self.image_size) > 0
+            gt_mask |= resize_nearest(mask, self.mask_size) > 0
             is_defective |= bool(mask.any())
         return {
             "image": resize_bilinear(_decode(example["image"]), self.image_size),
@@ -211,6 +213,7 @@ def open_category(
     cache_dir: str | os.PathLike[str],
     validation_fraction: float,
     seed: int,
+    mask_size: tuple[int, int] | None = None,
     white_level: float = 0.0,
     needs_training: bool = True,
 ) -> Category:
@@ -227,6 +230,8 @@ def open_category(
         cache_dir: folder in which the built data are kept.
         validation_fraction: fraction of the training images to hold out.
         seed: seed that selects the held-out images, differently in each category.
+        mask_size: (height, width) of the masks in batches, in pixels; by default
+            `image_size`.
         white_level: value that means white in files with more than 8 bits per channel;
             0 if it is not given.
         needs_training: True to refuse a category without training images. If False,
@@ -250,10 +255,11 @@ def open_category(
         train, validation = hold_out(
             train, fraction=validation_fraction, seed=_mix_seed(seed, category)
         )
+    sizes = image_size, mask_size or image_size
     return Category(
-        train=_examples(builder, train, image_size),
-        validation=_examples(builder, validation, image_size),
-        test=_examples(builder, parts[TEST], image_size),
+        train=_examples(builder, train, sizes),
+        validation=_examples(builder, validation, sizes),
+        test=_examples(builder, parts[TEST], sizes),
         fingerprint=builder.fingerprint,
         survey=builder.read_survey(),
         has_saturation=find(name).has_saturation,
@@ -272,11 +278,17 @@ class _Encoded(tfds.decode.SkipDecoding):
 
 
 def _examples(
-    builder: RecordsBuilder, records: list[Record], image_size: tuple[int, int]
+    builder: RecordsBuilder, records: list[Record], sizes: tuple[tuple[int, int], ...]
 ) -> Examples:
-    """Returns the examples of `records`, which all belong to one split."""
+    """Returns the examples of `records`, which all belong to one split.
+
+    Args:
+        builder: builder of the category.
+        records: records of the examples.
+        sizes: sizes of images and of masks, see `Examples`.
+    """
     if not records:
-        return Examples([], [], [], image_size)
+        return Examples([], [], [], *sizes)
     split = records[0].split
     order = [r.name for r in builder.records if r.split == split]
     position = {name: i for i, name in enumerate(order)}
@@ -284,7 +296,7 @@ def _examples(
         split, decoders={"image": _Encoded(), "masks": {"mask": _Encoded()}}
     )
     positions = [position[r.name] for r in records]
-    return Examples(records, positions, _Split(source, builder.data_dir), image_size)
+    return Examples(records, positions, _Split(source, builder.data_dir), *sizes)
 
 
 @dataclasses.dataclass(frozen=True)

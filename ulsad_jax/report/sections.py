@@ -30,11 +30,13 @@ VALIDATION = "validation normals"
 def describe_protocol(run: RunFiles) -> str:
     """Returns the settings behind the results, and warnings about them."""
     trunk, size = run.about["trunk"], run.about["image_size"]
+    own = trunk and run.config["trunk"].get("image_size")  # absent in earlier runs
     facts = {
         "data": run.config["dataset"]["name"],
         "method": run.about["method"],
         "trunk": f"{trunk['architecture']}, {trunk['source']}" if trunk else "none",
         "image size": f"{size[0]} × {size[1]}",
+        **({"image size of the trunk": f"{own[0]} × {own[1]}"} if own else {}),
         "checkpoint": run.about["selection"],
         "calibration": run.about["calibration"],
         "seed": run.config["seed"],

@@ -49,6 +49,7 @@ _BEFORE = {
     "parallel.devices": 0,
     "train.feature_memory": 0.5,
     "train.num_updates": 0,
+    "trunk.image_size": (),
     "trunk.layers": "layer2+layer3",
     "trunk.whiten": "never",
 }
@@ -80,7 +81,14 @@ _IMAGE_SIZE = Rule(
     ),
     "(height, width), each a multiple of 32 from 64 up, such as (256, 256)",
 )
-
+_TRUNK_IMAGE_SIZE = Rule(
+    lambda v: (
+        isinstance(v, tuple | list)
+        and len(v) in (0, 2)
+        and all(isinstance(n, int) and n > 0 for n in v)
+    ),
+    "(height, width), such as (448, 448), or () for config.image_size",
+)
 _WEIGHTS = Rule(
     lambda v: hasattr(v, "items") and all(map(NOT_NEGATIVE.holds, v.values())),
     "finite numbers from 0 up by the names of scores",
@@ -104,6 +112,7 @@ _RULES = {
     "dataset.white_level": _WHITE_LEVEL,
     "trunk.architecture": NOT_EMPTY,  # more in `_check_trunk`
     "trunk.source": one_of(trunks.BUILTIN, "hub", "file", "random"),
+    "trunk.image_size": _TRUNK_IMAGE_SIZE,  # more in `_check_trunk`
     "trunk.layers": NOT_EMPTY,  # more in `_check_trunk`
     "trunk.whiten": one_of(*WHITEN),
     "train.batch_size": at_least(1),
@@ -177,11 +186,20 @@ def _check_trunk(config: ConfigDict) -> None:
         )
     if trunk.layers != trunks.AUTO:
         trunks.check_layers(trunk.architecture, trunk.layers)
-    if any(n % architecture.multiple for n in config.image_size):
+    size, multiple = input_size(config), architecture.multiple
+    if any(n % multiple for n in size):
+        field, otherwise = "trunk.image_size", ""
+        if size == tuple(config.image_size):
+            larger = tuple(n // 8 * multiple for n in size)
+            field = "image_size"
+            otherwise = (
+                f", or let the trunk see larger images, such as "
+                f"--config.trunk.image_size='{larger}'"
+            )
         raise UserError(
-            f"Expected config.image_size to be multiples of {architecture.multiple}, "
-            f"for {trunk.architecture}, found {tuple(config.image_size)}. Set it with "
-            "--config.image_size=..."
+            f"Expected config.{field} to be multiples of {multiple}, for "
+            f"{trunk.architecture}, found {size}. Set it with --config.{field}=..."
+            f"{otherwise}."
         )
 
 
@@ -221,6 +239,16 @@ def needs_trunk(config: ConfigDict) -> bool:
     return methods.find(config.method).takes != methods.IMAGES
 
 
+def input_size(config: ConfigDict) -> tuple[int, int]:
+    """Returns the (height, width) in pixels at which images enter.
+
+    It is `config.trunk.image_size`, or `config.image_size` if that is () or the method
+    takes no features.
+    """
+    own = needs_trunk(config) and config.trunk.image_size
+    return tuple(own or config.image_size)
+
+
 def whitens(config: ConfigDict) -> bool:
     """Returns whether features are whitened, see `config.trunk.whiten`."""
     return trunks.resolve(config.trunk)[1]
@@ -247,6 +275,7 @@ def load(path: Path) -> ConfigDict:
         _check_format(fields.pop("format", 0), path)
         _fill(fields)
         fields["image_size"] = tuple(fields["image_size"])
+        fields["trunk"]["image_size"] = tuple(fields["trunk"]["image_size"])
         fields["evaluation"]["metrics"] = tuple(fields["evaluation"]["metrics"])
         config = ConfigDict(fields)
         _check_fields(config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ulsad_jax.data.batches import Category, open_category
 from ulsad_jax.data.layouts import select_categories
 from ulsad_jax.data.synthetic import categories as synthetic
+from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runtime import hosts
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def open_data(
         dataset.name,
         root=root.expanduser(),
         category=category,
-        image_size=tuple(config.image_size),
+        image_size=config_lib.input_size(config),
+        mask_size=tuple(config.image_size),
         cache_dir=Path(dataset.cache_dir).expanduser(),
         validation_fraction=dataset.validation_fraction,
         white_level=dataset.white_level,

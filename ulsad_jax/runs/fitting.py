@@ -144,7 +144,7 @@ def make_trainer(
         method=run.setup.method,
         devices=run.devices,
         normals=normals,
-        features=run.setup.features,
+        spec=run.setup.spec(config.train.batch_size, len(normals.train)),
         validate=validate,
         store=store,
         writer=writer,
@@ -162,7 +162,7 @@ def _extract(run: CategoryRun, writer: Writer | Silence) -> sources.Normals:
     ]
     counts = [len(split) for split in splits]
     setup = run.setup
-    needed = sources.count_bytes(sum(counts), setup.image_size, setup.pyramid)
+    needed = sources.count_bytes(sum(counts), setup.image_size, setup.features)
     allowed = run.config.train.feature_memory * host_bytes()
     kind = "features of " if setup.pyramid else ""
     told = f"{kind}{sum(counts)} images: {needed / 2**20:.0f} MiB of memory"
@@ -176,7 +176,7 @@ def _extract(run: CategoryRun, writer: Writer | Silence) -> sources.Normals:
         f"({allowed / 2**20:.0f} MiB): they are not kept, and every step runs the "
         "trunk, too"
     )
-    return sources.stream(*what, image_size=setup.image_size, **how)
+    return sources.stream(*what, image_size=setup.input_size, **how)
 
 
 def _check_selection(run: CategoryRun) -> None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax.methods.base import TOTAL, Method, State
+from ulsad_jax.methods.base import TOTAL, Method, Spec, State
 from ulsad_jax.runs import steps
 from ulsad_jax.runs.validation import Losses, Validation
 from ulsad_jax.runtime.devices import Devices
@@ -45,7 +45,7 @@ class Trainer:
         method: Method,
         devices: Devices,
         normals: sources.Normals,
-        features: Any,
+        spec: Spec,
         validate: Callable[[Any, int], Validation],
         store: CheckpointStore,
         writer: Writer | Silence,
@@ -62,7 +62,7 @@ class Trainer:
             devices: devices over which batches are split.
             normals: images and features for training and validation, and the statistics
                 of the features, which are saved with the model.
-            features: shapes of one image's features, or None.
+            spec: shapes of the training data.
             validate: function from `validation.make_validate`.
             store: store of the checkpoints.
             writer: writer of the metrics.
@@ -76,14 +76,12 @@ class Trainer:
         self._validate, self._score_test = validate, score_test
         self._store, self._writer = store, writer
         self._trunk = trunk and dataclasses.asdict(trunk)
-        batch = config.train.batch_size
         self._steps_per_epoch = steps.steps_per_epoch(
-            len(self._train), batch, whole_only=not method.sees_every_image
+            len(self._train),
+            config.train.batch_size,
+            whole_only=not method.sees_every_image,
         )
         self._epochs = steps.count_epochs(config.train, self._steps_per_epoch)
-        spec = steps.make_spec(
-            batch, self._train.image_size, features, len(self._train)
-        )
         self._key = steps.initial_key(config.seed, category)
         self._state: State = devices.replicate(steps.make_init(method, spec)(self._key))
         self._train_step = steps.make_train_step(

@@ -58,6 +58,11 @@ class Run(NamedTuple):
     weights: Weights
     decisions: Decisions
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels at which images enter."""
+        return config_lib.input_size(self.config)
+
 
 def check_trunk(
     store: CheckpointStore, step: int, trunk: Trunk | None, folder: Path

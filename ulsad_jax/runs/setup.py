@@ -27,19 +27,21 @@ class Setup:
     Attributes:
         method: method to train.
         pyramid: frozen network; None for a method that takes only images.
-        image_size: (height, width) in pixels.
+        image_size: (height, width) in pixels of the method's images and maps.
+        input_size: (height, width) in pixels at which images enter.
         whiten: True to whiten features, see `features.channel_statistics`.
     """
 
     method: Method
     pyramid: FeaturePyramid | None
     image_size: tuple[int, int]
+    input_size: tuple[int, int]
     whiten: bool
 
     @property
     def features(self) -> Any:
         """Shapes of one image's features; None without features."""
-        return self.pyramid and feature_shapes(self.pyramid, self.image_size)
+        return self.pyramid and feature_shapes(self.pyramid, self.input_size)
 
     def spec(self, batch_size: int, num_images: int = 0) -> Spec:
         """Returns the shapes of the training data, see `steps.make_spec`."""
@@ -55,7 +57,7 @@ def make(config: ConfigDict) -> Setup:
     Raises:
         UserError: the method is unknown, or does not take a field of the config.
     """
-    method = methods.make(config)
+    method, size = methods.make(config), tuple(config.image_size)
     pyramid = None
     if method.takes != methods.IMAGES:
         pyramid = FeaturePyramid(
@@ -63,8 +65,10 @@ def make(config: ConfigDict) -> Setup:
             jnp.dtype(config.train.dtype),
             config.trunk.layers,
             levels=method.takes == methods.LEVELS,
+            image_size=size,
         )
-    return Setup(method, pyramid, tuple(config.image_size), config_lib.whitens(config))
+    input_size, whiten = config_lib.input_size(config), config_lib.whitens(config)
+    return Setup(method, pyramid, size, input_size, whiten)
 
 
 def check(made: Setup, config: ConfigDict) -> str:
@@ -83,7 +87,8 @@ def trunk_fields(config: ConfigDict) -> dict[str, Any] | None:
     if not config_lib.needs_trunk(config):
         return None
     fields = config.trunk.to_dict()
-    for name in ("layers", "whiten"):  # these choose features of the whole trunk
+    # These choose features of the whole trunk.
+    for name in ("image_size", "layers", "whiten"):
         fields.pop(name)
     is_drawn = config.trunk.source == "random"
     return fields | {"seed": config.seed if is_drawn else 0}

@@ -151,7 +151,7 @@ def predict_test(run: CategoryRun, weights: Weights) -> tuple[Prediction, Truth]
         run.setup.pyramid, run.setup.method, top_share=run.config.score.top_share
     )
     placed, split = run.devices.replicate(weights), run.devices.split
-    image = jax.ShapeDtypeStruct((1, *run.setup.image_size, 3), np.uint8)
+    image = jax.ShapeDtypeStruct((1, *run.setup.input_size, 3), np.uint8)
     return predict_split(
         lambda image: hosts.gather(predict(placed, split(image))),
         run.batches(run.data.test, "test images"),

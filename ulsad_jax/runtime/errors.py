@@ -24,7 +24,7 @@ _STORAGE = {
 # Fields that determine the memory needed; the first two may change within a run.
 _SIZES = (
     *("evaluation.batch_size", "train.feature_memory", "train.batch_size"),
-    *("image_size", "model.local_width"),
+    *("image_size", "trunk.image_size", "model.local_width"),
 )
 
 

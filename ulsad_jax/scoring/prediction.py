@@ -91,6 +91,7 @@ def make_predict_step(
         given = None
         if pyramid is not None:
             given = features.apply(pyramid, weights.trunk, image, weights.statistics)
+            image = features.resize_images(pyramid, image)
         batch = Batch(image, given, jnp.ones(image.shape[0], bool))
         maps = method.maps(weights.model, batch)
         calibrated = calibration.calibrate_maps(maps, weights.calibration)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
+from ulsad_jax.data.resize import resize_bilinear
 from ulsad_jax.scoring.prediction import Prediction
 
 if TYPE_CHECKING:
@@ -73,5 +74,6 @@ def predict_split(
         truth.masks[rows] = batch["gt_mask"][valid]
         truth.has_mask[rows] = batch["has_mask"][valid]
         truth.mask_lost[rows] = batch["mask_lost"][valid]
-        truth.images[rows] = batch["image"][valid]
+        for row, image in zip(rows, batch["image"][valid], strict=True):
+            truth.images[row] = resize_bilinear(image, image_size)
     return prediction, truth

@@ -54,8 +54,8 @@ class Job:
         count = len(data.train) + len(data.validation)
         trunk = run.trunk and run.trunk.identity.sha256
         return (
-            (run.name, data.fingerprint, setup.image_size, trunk, setup.pyramid),
-            sources.count_bytes(count, setup.image_size, setup.pyramid),
+            (run.name, data.fingerprint, setup.input_size, trunk, setup.pyramid),
+            sources.count_bytes(count, setup.image_size, setup.features),
         )
 
 
@@ -145,7 +145,8 @@ def _open(members: Sequence[grid.Member], workdir: Path) -> list[Job]:
         if key not in trunks:
             trunks[key] = setup.load_trunk(config)
         trunk = trunks[key]
-        key = str(config.dataset), str(config.image_size), config.seed
+        sizes = tuple(config.image_size), config_lib.input_size(config)
+        key = str(config.dataset), sizes, config.seed
         if key not in images:
             images[key] = data.open_data(config, category)
         folder.mkdir(exist_ok=True)

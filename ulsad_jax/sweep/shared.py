@@ -45,11 +45,6 @@ class Rows:
         """Returns the number of images."""
         return len(self.rows)
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Size (height, width) of the images in pixels."""
-        return self.images.shape[1:3]
-
     def batch(
         self, rows: Int[np.ndarray, " b"]
     ) -> tuple[UInt8[np.ndarray, "b h w 3"], Features | None]:

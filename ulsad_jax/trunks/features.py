@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ulsad_jax.nn.layers import resize
+
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Float, UInt8
 
     from ulsad_jax.trunks.pyramid import FeaturePyramid, Features
@@ -66,13 +70,30 @@ def apply(
     return raw if statistics is None else statistics.standardize(raw)
 
 
+def resize_images(
+    pyramid: FeaturePyramid, image: UInt8[ArrayLike, "b h w 3"]
+) -> UInt8[ArrayLike, "b height width 3"]:
+    """Returns the images that a method gets beside the features.
+
+    They are resized bilinearly, without antialiasing, and rounded to the nearest grey
+    level.
+
+    Args:
+        pyramid: network whose `image_size` they have; with None, they are not resized.
+        image: batch of images that the trunk sees.
+    """
+    if pyramid.image_size in (None, image.shape[1:3]):
+        return image
+    return _resize(image, pyramid.image_size)
+
+
 def make_extractor(
     pyramid: FeaturePyramid,
     trunk: Mapping[str, Any],
     statistics: ChannelStatistics | None = None,
     put: Callable[[Any], Any] = jax.device_put,
-) -> Callable[[UInt8[Array, "b h w 3"]], Features]:
-    """Returns a jitted function from images to features.
+) -> Callable[[UInt8[ArrayLike, "b h w 3"]], tuple[UInt8[ArrayLike, "..."], Features]]:
+    """Returns a function from images to those that a method gets, and their features.
 
     Args:
         pyramid: frozen network.
@@ -84,7 +105,7 @@ def make_extractor(
     """
     placed = put((trunk, statistics))
     run = _jit(pyramid)
-    return lambda image: run(*placed, image)
+    return lambda image: (resize_images(pyramid, image), run(*placed, image))
 
 
 def channel_statistics(
@@ -121,6 +142,13 @@ def channel_statistics(
     scales = np.maximum(variances, LEAST_VARIANCE) ** -0.5
     whitening = (directions * scales) @ directions.T
     return statistics.replace(whitening=whitening.astype(np.float32))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _resize(
+    image: UInt8[Array, "b h w 3"], size: tuple[int, int]
+) -> UInt8[Array, "b height width 3"]:
+    return jnp.rint(resize(image.astype(jnp.float32), size)).astype(jnp.uint8)
 
 
 @functools.lru_cache

@@ -44,12 +44,15 @@ class FeaturePyramid(nn.Module):
         dtype: computation type of the trunk.
         layers: names of outputs, joined with "+"; None for the architecture's own.
         levels: True to return the outputs by name, each at its own size.
+        image_size: (height, width) in pixels of the images beside the features, see
+            `features.resize_images`; None for the trunk's.
     """
 
     architecture: str
     dtype: DTypeLike = jnp.float32
     layers: str | None = None
     levels: bool = False
+    image_size: tuple[int, int] | None = None
 
     def setup(self):
         """Makes the trunk."""

@@ -17,13 +17,12 @@ from ulsad_jax.trunks.features import (
     channel_statistics,
     make_extractor,
 )
-from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shapes
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
-    from ulsad_jax.trunks.pyramid import Features
+    from ulsad_jax.trunks.pyramid import FeaturePyramid, Features
 
     Batches = Iterable[Mapping[str, np.ndarray]]
 
@@ -54,10 +53,6 @@ class FeatureSource(Protocol):
     def __len__(self) -> int:
         """Returns the number of images."""
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
-
     def batch(
         self, rows: Int[np.ndarray, " b"]
     ) -> tuple[UInt8[ArrayLike, "b h w 3"], Features | None]:
@@ -72,11 +67,6 @@ class _OfImages:
     def __len__(self) -> int:
         """Returns the number of images."""
         return len(self.images)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
-        return self.images.shape[1:3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +95,8 @@ class Streamed(_OfImages):
     It serves features that do not fit in memory.
 
     Attributes:
-        images: [n, h, w, 3] uint8, in host memory.
-        extractor: function from images to features; see `make_extractor`.
+        images: [n, h, w, 3] uint8, in host memory, as the trunk sees them.
+        extractor: function from images to images and features; see `make_extractor`.
     """
 
     images: np.ndarray
@@ -114,10 +104,9 @@ class Streamed(_OfImages):
 
     def batch(
         self, rows: Int[np.ndarray, " b"]
-    ) -> tuple[UInt8[np.ndarray, "b h w 3"], Features]:
-        """Returns images and features; the features may still be being computed."""
-        images = self.images[rows]
-        return images, self.extractor(images)
+    ) -> tuple[UInt8[ArrayLike, "b h w 3"], Features]:
+        """Returns images and features, which may still be being computed."""
+        return self.extractor(self.images[rows])
 
 
 class Normals(NamedTuple):
@@ -217,7 +206,7 @@ def stream(
         trunk: variables of the network.
         batches: batches of each split, with `image`, `index` and `valid`.
         counts: number of images in each split.
-        image_size: (height, width) of the images in pixels.
+        image_size: (height, width) in pixels of the images that the trunk sees.
         whiten: True to decorrelate the features; see `channel_statistics`.
         devices: devices that batches are split over.
     """
@@ -229,7 +218,7 @@ def stream(
     def run_trunk() -> Iterator[Float[np.ndarray, "h w c"]]:
         for batch in batches[0]:
             _put(train, batch, batch["image"])
-            yield from raw_extractor(batch["image"])[batch["valid"]]
+            yield from raw_extractor(batch["image"])[1][batch["valid"]]
 
     if pyramid.levels:
         statistics = None
@@ -241,7 +230,9 @@ def stream(
         _put(validation, batch, batch["image"])
     extractor = make_extractor(pyramid, trunk, statistics, devices.replicate)
 
-    def extract_own(images: UInt8[np.ndarray, "b h w 3"]) -> Float[Array, "b h w c"]:
+    def extract_own(
+        images: UInt8[np.ndarray, "b h w 3"],
+    ) -> tuple[UInt8[Array, "b height width 3"], Features]:
         return extractor(devices.place(images))
 
     return Normals(
@@ -273,17 +264,17 @@ def extract(
     """Reads a split, and runs the trunk once over it.
 
     Args:
-        extractor: function from images to features, see `make_extractor`; None for
-            images only.
+        extractor: function from images to images and features, see `make_extractor`;
+            None for images only.
         batches: batches with `image`, `index` and `valid`.
         count: number of images in the split.
 
     Returns:
-        Images, and raw features or None, both in the split's order.
+        The method's images, and raw features or None, both in the split's order.
     """
     kept = None
     for batch in batches:
-        new = batch["image"], extractor and extractor(batch["image"])
+        new = extractor(batch["image"]) if extractor else (batch["image"], None)
         if kept is None:
             kept = jax.tree.map(lambda x: np.empty((count, *x.shape[1:]), x.dtype), new)
         for target, values in zip(*map(jax.tree.leaves, (kept, new)), strict=True):
@@ -291,18 +282,15 @@ def extract(
     return kept
 
 
-def count_bytes(
-    count: int, image_size: tuple[int, int], pyramid: FeaturePyramid | None
-) -> int:
+def count_bytes(count: int, image_size: tuple[int, int], features: Any) -> int:
     """Returns the number of bytes that `Kept` takes.
 
     Args:
         count: number of images.
-        image_size: (height, width) in pixels.
-        pyramid: network that determines the features' shape; None without features.
+        image_size: (height, width) in pixels of the images beside the features.
+        features: shapes of one image's features, see `pyramid.feature_shapes`; or None.
     """
-    shapes = pyramid and jax.tree.leaves(feature_shapes(pyramid, image_size))
-    floats = sum(math.prod(shape.shape) for shape in shapes or ())
+    floats = sum(math.prod(shape.shape) for shape in jax.tree.leaves(features))
     return count * (4 * floats + 3 * math.prod(image_size))
 
 
@@ -317,6 +305,9 @@ def _put(
 
 def _make_raw_extractor(
     pyramid: FeaturePyramid, trunk: Mapping[str, Any], devices: Devices
-) -> Callable[[UInt8[np.ndarray, "b h w 3"]], Features]:
+) -> Callable[
+    [UInt8[np.ndarray, "b h w 3"]],
+    tuple[UInt8[np.ndarray, "b height width 3"], Features],
+]:
     extractor = make_extractor(pyramid, trunk, put=devices.replicate)
     return lambda image: hosts.gather(extractor(devices.split(image)))

@@ -88,8 +88,10 @@ class Networks(nn.Module):
         if grid != expected:
             raise UserError(
                 f"Expected features on an eighth of the image's grid, {expected}, as "
-                f"ULSAD's networks need, found {grid}. Take another "
-                "config.trunk.architecture."
+                f"ULSAD's networks need, found {grid}. Set config.trunk.image_size to "
+                f"{expected[0] / grid[0]:g} times the height and "
+                f"{expected[1] / grid[1]:g} times the width that the trunk sees now, "
+                "or take another config.trunk.architecture."
             )
         channels = features.shape[-1]
         local, local_code = LocalReconstructor(

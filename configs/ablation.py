@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import sweep
+from ulsad_jax.trunks import base as trunks
 
 LAMBDAS = {"0": 0.0, "1_4": 0.25, "3_4": 0.75, "1": 1.0}  # 1/2 is the full system
 # timm's repositories of other trunks, where the config's comes from there, too.
@@ -13,16 +14,18 @@ TERMS = ("local", "attention", "consistency")
 def get_config(base: str = "quickstart") -> ConfigDict:
     """Returns one variant for each thing that the paper varies, with three seeds.
 
-    The full system has both layers of the trunk, as published, whatever the base has.
-    Fusions are compared in every variant; features are whitened in all but one where
-    the trunk is built in. DFR is the local term alone without cosine; its maps are the
-    local ones.
+    The full system is ULSAD alone with the published output activation, whatever the
+    base has. Fusions are compared in every variant; features are whitened in all but
+    one where the trunk is built in. DFR is the local term alone without cosine; its
+    maps are the local ones.
 
     Args:
         base: see configs/sweep.py.
     """
     config = sweep.get_config(base)
-    config.trunk.layers = "layer2+layer3"
+    config.method = "ulsad"
+    config.model.output_activation = "relu"
+    layers = trunks.find(config.trunk.architecture).layers
     config.sweep.fusions = True
     config.evaluation.original_resolution = False
     config.evaluation.pictures_per_type = 2
@@ -37,8 +40,7 @@ def get_config(base: str = "quickstart") -> ConfigDict:
         },
         "no_attention": {"losses": {"attention": {"weight": 0.0}}},
         "no_consistency": {"losses": {"consistency": {"weight": 0.0}}},
-        "layer2": {"trunk": {"layers": "layer2"}},
-        "layer3": {"trunk": {"layers": "layer3"}},
+        **{name: {"trunk": {"layers": name}} for name in layers.split("+")},
         "random_trunk": {"trunk": {"source": "random"}},
         "identity_output": {"model": {"output_activation": "identity"}},
     }

@@ -2,12 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from configs import default
+from configs import small
 
 
 def get_config(root: str = "") -> ConfigDict:
-    """Returns the published system on a CSV file (docs/data.md)."""
-    config = default.get_config()
+    """Returns the small system on a CSV file (docs/data.md)."""
+    config = small.get_config()
     config.dataset.name = "table"
     config.dataset.root = root
     return config

@@ -21,12 +21,16 @@ from ulsad_jax.runs import run as experiment
 REPOSITORY = Path(__file__).parents[1]
 EPOCHS = 4
 FIELDS = {
+    "method": "ulsad",
     "image_size": (64, 64),
     "trunk.architecture": "resnet18",
     "trunk.source": "random",
     "model.local_width": 8,
     "train.batch_size": 4,
+    "model.output_activation": "relu",
+    "optimizer.learning_rate": 2e-4,
     "train.num_epochs": EPOCHS,
+    "train.num_updates": 0,
     "train.checkpoint_every": 2,
     "evaluation.batch_size": 4,
     "evaluation.pictures_per_type": 1,

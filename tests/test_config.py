@@ -283,7 +283,7 @@ def test_command_line_that_does_not_fit(tmp_path, flag, expected):
 @pytest.mark.parametrize(
     ("config", "flags", "together"),
     [
-        ("quickstart", ["image_size=(128, 128)"] * 2, "(128, 128, 128, 128)"),
+        ("mvtec_ad", ["image_size=(128, 128)"] * 2, "(128, 128, 128, 128)"),
         ("sweep", ["sweep.grid.seed=(3,)", "sweep.grid.seed=(4, 5)"], "(3, 4, 5)"),
     ],
 )

@@ -23,6 +23,7 @@ FLAGS = {
     "trunk.architecture": "resnet18",
     "model.local_width": "8",
     "train.num_epochs": str(EPOCHS),
+    "train.num_updates": "0",
     "train.checkpoint_every": "3",
     "train.batch_size": "4",
     "optimizer.learning_rate": "2e-3",

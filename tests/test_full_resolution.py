@@ -187,10 +187,14 @@ def test_long_names_and_tiny_defects_in_a_run(finished, tmp_path):
 def test_a_map_with_nan_is_refused(loco):
     maps = draw_maps(loco, levels=None)
     images = [record.image for record in loco.records]
-    evaluation.check_finite(maps, images)
+    scores = {"one": maps[:, 0, 0], "other": maps[:, 0, 1].copy()}
+    evaluation.check_finite(maps, scores, images)
+    scores["other"][3] = np.nan
+    with pytest.raises(UserError, match=f"in 1 of 12 scores 'other'.*{images[3]}"):
+        evaluation.check_finite(maps, scores, images)
     maps[5, 3, 4], maps[7, 0, 0] = np.nan, np.inf
     with pytest.raises(UserError) as refused:
-        evaluation.check_finite(maps, images)
+        evaluation.check_finite(maps, scores, images)
     assert "2 of 12" in str(refused.value)
     assert f"row 3, column 4 of the map of {images[5]}" in str(refused.value)
 

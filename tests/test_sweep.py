@@ -478,7 +478,7 @@ def test_every_variant_of_the_ablation_can_be_made(base, own):
     members = grid.list_members(config, ["a"])
     settings = {member.setting: member.config for member in members}
     assert len(settings) == 12 + own
-    assert settings["full"].trunk.layers == "layer2+layer3"
+    assert settings["full"].method == "ulsad"
     assert len(members) == 3 * len(settings)
     for member in members:
         config_lib.validate(member.config)

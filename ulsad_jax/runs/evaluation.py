@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,18 +17,25 @@ from ulsad_jax.scoring import thresholds as decisions
 from ulsad_jax.scoring.prediction import Prediction
 from ulsad_jax.scoring.split import Truth
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def check_finite(prediction: Prediction, images: Sequence[Path]) -> None:
+
+def check_finite(
+    maps: Float[np.ndarray, "n h w"],
+    scores: Mapping[str, Float[np.ndarray, " n"]],
+    images: Sequence[Path],
+) -> None:
     """Checks that all anomaly maps and scores are finite.
 
     Args:
-        prediction: prediction for n images.
+        maps: anomaly maps, [n, h, w].
+        scores: scores by name, [n].
         images: paths of the n images.
 
     Raises:
         UserError: a value is NaN or infinite; the message names the first such image.
     """
-    maps = prediction.anomaly_map
     bad = np.flatnonzero(~np.isfinite(maps).all((1, 2)))
     if bad.size:
         row, column = np.argwhere(~np.isfinite(maps[bad[0]]))[0]
@@ -38,12 +46,12 @@ def check_finite(prediction: Prediction, images: Sequence[Path]) -> None:
             "not fit: train again, with a lower config.optimizer.learning_rate or "
             "config.train.dtype float32."
         )
-    for name, scores in prediction.scores.items():
-        bad = np.flatnonzero(~np.isfinite(scores))
+    for name, values in scores.items():
+        bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             raise UserError(
                 f"Expected finite scores, found NaN or infinity in {bad.size} of "
-                f"{len(scores)} scores {name!r}, the first that of {images[bad[0]]}. "
+                f"{len(values)} scores {name!r}, the first that of {images[bad[0]]}. "
                 "Train again, or leave that part out of config.method."
             )
 

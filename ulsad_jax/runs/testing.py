@@ -72,7 +72,7 @@ def evaluate(
         return
     test = run.data.test
     images = [record.image for record in test.records]
-    evaluation.check_finite(prediction, images)
+    evaluation.check_finite(prediction.anomaly_map, prediction.scores, images)
     with (
         warnings.catch_warnings(record=True) as undefined,
         stages.measure(timings, "metrics"),

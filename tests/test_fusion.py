@@ -1,0 +1,98 @@
+"""The fusion of image scores, and a Gaussian of the mean feature."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import mahalanobis
+from sklearn.covariance import LedoitWolf
+
+from ulsad_jax.methods.base import Batch, Spec
+from ulsad_jax.methods.pooled import Pooled
+from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.scoring import fusion
+
+RNG = np.random.default_rng(0)
+
+
+def test_fusion_is_the_weighted_sum_of_robust_z_scores():
+    scores = {"a": RNG.normal(3, 2, 400), "b": RNG.normal(-1, 0.5, 400)}
+    scores["a"][0] = 1e9  # an outlier among the normals
+    found = fusion.measure(scores, {"a": 2.0, "b": 1.0})
+    new = {"a": np.array([3.0, 5.0]), "b": np.array([-1.0, -1.5])}
+    np.testing.assert_allclose(found(new), [0, 2 * 1 - 1], atol=0.3)
+    terms = found.terms(new)
+    np.testing.assert_allclose(sum(terms.values()), found(new))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_no_branch_makes_a_fused_score_undefined(count):
+    """Neither a constant one nor a single validation image; the other still counts."""
+    scores = {"constant": np.full(count, 4.0), "b": RNG.normal(size=count)}
+    weights = fusion.choose_weights(("constant", "b"), {})
+    for values in (
+        fusion.fuse_as_new(scores, weights),
+        fusion.measure(scores, weights)(scores),
+    ):
+        assert np.isfinite(values).all()
+    fused = fusion.measure(scores, weights)
+    low, high = fused({"constant": np.full(2, 4.0), "b": np.array([0.0, 1e3])})
+    assert high > low + 1
+
+
+def test_fusion_as_new_leaves_each_image_out():
+    scores = {"a": RNG.normal(size=7), "b": RNG.normal(size=7)}
+    weights = {"a": 1.0, "b": 0.5}
+    found = fusion.fuse_as_new(scores, weights)
+    for i in range(7):
+        others = {k: np.delete(v, i) for k, v in scores.items()}
+        own = {k: v[i] for k, v in scores.items()}
+        assert found[i] == pytest.approx(fusion.measure(others, weights)(own))
+
+
+@pytest.mark.parametrize("given", [{"c": 1.0}, {"a": 0.0, "b": 0.0}])
+def test_weights_that_will_not_do(given):
+    with pytest.raises(UserError, match="weights of a, b"):
+        fusion.choose_weights(("a", "b"), given)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_image_score_is_the_mean_of_the_largest_values(share):
+    maps = RNG.normal(size=(3, 10, 10)).astype(np.float32)
+    count = max(1, round(share * 100))
+    expected = np.sort(maps.reshape(3, -1))[:, -count:].mean(1)
+    np.testing.assert_allclose(fusion.image_score(maps, share), expected, atol=1e-6)
+
+
+def fit(x, batch=4):
+    """Trains on mean features x, in batches of which the last one is filled up."""
+    shape = Batch(np.zeros((batch, 8, 8, 3)), np.zeros((batch, 2, 3, x.shape[1])), None)
+    method = Pooled()
+    state = method.init(None, Spec(shape, len(x)))
+    for start in range(0, len(x), batch):
+        rows = np.arange(start, start + batch) % len(x)
+        valid = np.arange(start, start + batch) < len(x)
+        features = np.broadcast_to(x[rows, None, None], (batch, 2, 3, x.shape[1]))
+        own = Batch(shape.image, features, valid, rows.astype(np.int32))
+        state, _ = method.update(state, own, None)
+    return method, method.finish(state)
+
+
+def test_pooled_is_the_distance_by_ledoit_and_wolf():
+    x = RNG.normal(size=(11, 5)).astype(np.float32) @ RNG.normal(size=(5, 5))
+    method, state = fit(x.astype(np.float32))
+    expected = LedoitWolf().fit(x)
+    new = RNG.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    found = method.scores(state.model, Batch(None, new, None))["pooled"]
+    precision = np.linalg.inv(expected.covariance_)
+    for one, score in zip(new.mean((1, 2)), found, strict=True):
+        distance = mahalanobis(one, expected.location_, precision)
+        assert float(score) == pytest.approx(distance, rel=1e-3)
+
+
+@pytest.mark.parametrize("x", [np.ones((1, 3)), np.ones((6, 3))], ids=["one", "equal"])
+def test_pooled_without_a_covariance(x):
+    method, state = fit(x.astype(np.float32))
+    new = np.broadcast_to(np.array([1.0, 1.0, 3.0], np.float32), (1, 2, 2, 3))
+    score = method.scores(state.model, Batch(None, new, None))["pooled"]
+    assert float(score[0]) == pytest.approx(2.0, rel=1e-5)

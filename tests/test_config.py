@@ -39,7 +39,7 @@ WRONG = {
     "optimizer.eps": (0.0, float("inf")),
     "optimizer.weight_decay": (-1e-5, float("inf"), float("nan")),
     "train.batch_size": (1, 8.0),
-    "train.num_epochs": (0, 1.5),
+    "train.num_epochs": (-1, 1.5),
     "train.checkpoint_every": (0,),
     "train.dtype": ("float16",),
     "train.feature_memory": (-0.1, 1.5, "4 GiB"),

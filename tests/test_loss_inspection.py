@@ -222,7 +222,7 @@ def test_command_of_the_page(page, mine, fields):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    shown = re.search(r"\n```\n(assembly.*?)\n```", page, re.S)[1].splitlines()
+    shown = re.search(r"\n```\n(panel.*?)\n```", page, re.S)[1].splitlines()
     printed = done.stdout.splitlines()
     assert printed[1].split() == shown[1].split()
     names = [line.split()[0] for line in shown[1:]]

@@ -223,6 +223,7 @@ def test_stopped_within_the_pass_and_resumed(run, tmp_path, monkeypatch):
 LEVELED = {
     "method": "tests.test_methods:Drift+tests.test_methods:Bright",
     "score.fusion": "scores",
+    "train.num_epochs": 0,
     "train.num_updates": 7,  # three epochs of three
     "train.checkpoint_every": 1,
 }

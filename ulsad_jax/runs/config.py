@@ -116,7 +116,7 @@ _RULES = {
     "trunk.layers": NOT_EMPTY,  # more in `_check_trunk`
     "trunk.whiten": one_of(*WHITEN),
     "train.batch_size": at_least(1),
-    "train.num_epochs": at_least(1),
+    "train.num_epochs": at_least(0),
     "train.num_updates": at_least(0),
     "train.checkpoint_every": at_least(1),
     "train.dtype": one_of("float32", "bfloat16"),
@@ -157,6 +157,14 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             "Expected config.dataset.root to be the folder of the data set (or a CSV "
             "file for tables), found nothing. Set it with --config.dataset.root=..."
+        )
+    train = config.train
+    if bool(train.num_epochs) == bool(train.num_updates):
+        raise UserError(
+            "Expected one of config.train.num_epochs and config.train.num_updates to be "
+            f"0, and the other above it, found {train.num_epochs} and "
+            f"{train.num_updates}. Set both, as with --config.train.num_epochs=10 "
+            "--config.train.num_updates=0."
         )
     _check_trunk(config)
 

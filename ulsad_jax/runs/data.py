@@ -21,7 +21,7 @@ def list_categories(config: ConfigDict) -> list[str]:
     names = [name.strip() for name in dataset.category.split(",")]
     if dataset.name != "synthetic":
         return select_categories(dataset.name, Path(dataset.root).expanduser(), names)
-    names = ["assembly"] if names == ["all"] else list(dict.fromkeys(names))
+    names = ["panel"] if names == ["all"] else list(dict.fromkeys(names))
     for name in names:
         synthetic.write_category(
             synthetic_root(config), category=name, **dataset.synthetic

@@ -52,11 +52,14 @@ def inspect(config: ConfigDict, *, step: int = 0) -> dict[str, Any]:
     config_lib.validate(config)
     config = config_lib.resolve(config)
     made = setup.make(config)
-    if not isinstance(made.method, Ulsad):
+    branches = made.method, *(m for _, m in getattr(made.method, "branches", ()))
+    found = [method for method in branches if isinstance(method, Ulsad)]
+    if not found:
         raise UserError(
             f"Expected config.method to be one with loss terms, 'ulsad', found "
             f"{config.method!r}. Inspect a run of ULSAD."
         )
+    made = dataclasses.replace(made, method=found[0])
     loss_fn = made.method.loss_fn
     category = data.list_categories(config)[0]
     x, image = _first_batch(config, made, category)

@@ -169,7 +169,7 @@ def count_epochs(train: ConfigDict, per_epoch: int) -> int:
         train: `config.train`.
         per_epoch: number of updates in an epoch.
     """
-    return -(-train.num_updates // per_epoch) or train.num_epochs
+    return train.num_epochs or -(-train.num_updates // per_epoch)
 
 
 def epoch_order(

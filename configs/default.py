@@ -130,7 +130,7 @@ def get_config(category: str = "all") -> ConfigDict:
     # Ignored by methods with a fixed number of passes over the training images, such as
     # "padim", which takes one.
     train.num_epochs = 200
-    # The number of updates, rounded up to whole epochs of the category's training images.
+    # Number of updates, rounded up to whole epochs of the category's training images.
     # Either this or `num_epochs` is 0.
     train.num_updates = 0
     # Number of epochs between checkpoints, each of which is validated. The last epoch

@@ -175,7 +175,7 @@ def test_a_batch_is_split(memory, monkeypatch):
     batch = sources.load(placed, rows, BATCH - 1, devices)
     images, features = make_kept(BATCH).batch(rows)
     valid = np.arange(BATCH) < BATCH - 1
-    for array, whole in zip(batch, (images, features, valid), strict=True):
+    for array, whole in zip(batch, (images, features, valid, rows), strict=True):
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
         np.testing.assert_array_equal(array, whole)
 

@@ -69,6 +69,7 @@ def with_fields(config, fields):
 def test_every_config_file_is_valid(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.dataset.root = config.dataset.root or "data"
+    config.dataset.name = config.dataset.name or "mvtec_ad"
     config_lib.validate(config)
     assert set(config.keys()) - {"sweep"} == set(default.get_config().keys())
 

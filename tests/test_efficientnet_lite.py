@@ -16,7 +16,7 @@ from tests.goldens import weights
 from tests.goldens.timm_trunks import SIZES, STRIDE
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.trunks import base, torch_names
-from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shape
+from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shapes
 from ulsad_jax.trunks.weights import load_trunk
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "efficientnet_lite.npz"
@@ -87,7 +87,7 @@ def test_bfloat16():
 def test_features():
     for i, channels in enumerate((152, 152, 168)):
         pyramid = FeaturePyramid(f"tf_efficientnet_lite{i}")
-        assert feature_shape(pyramid, (224, 96)) == (28, 12, channels)
+        assert feature_shapes(pyramid, (224, 96)).shape == (1, 28, 12, channels)
 
 
 def test_built_in_file_says_where_it_is_from():

@@ -241,7 +241,7 @@ def test_free_fields_may_change(finished, tmp_path):
 
 def test_run_keeps_what_auto_became_and_its_format(finished):
     saved = json.loads((finished.workdir / "config.json").read_text())
-    assert saved["format"] == 1
+    assert saved["format"] == config_lib.FORMAT
     assert saved["trunk"]["layers"] == "layer2+layer3"
     assert saved["trunk"]["whiten"] == "never"
     assert finished.config.trunk.layers == finished.config.trunk.whiten == "auto"
@@ -266,7 +266,7 @@ def test_folder_of_an_earlier_version(finished, data, tmp_path, left_out):
     explicit = runs.make_config(data, {"trunk.layers": "layer2+layer3"})
     runs.train(explicit, run.workdir)
     runs.assert_same_category(run.workdir, finished.workdir)
-    assert json.loads(path.read_text())["format"] == 1
+    assert json.loads(path.read_text())["format"] == config_lib.FORMAT
     with pytest.raises(UserError, match=r"trunk\.whiten: the run has 'never', this"):
         runs.train(runs.make_config(data, {"trunk.whiten": "always"}), run.workdir)
 
@@ -274,14 +274,14 @@ def test_folder_of_an_earlier_version(finished, data, tmp_path, left_out):
 def test_folder_of_a_later_version(finished, tmp_path):
     run = runs.copy(finished, tmp_path)
     path = run.workdir / "config.json"
-    text = json.dumps(json.loads(path.read_text()) | {"format": 2})
+    text = json.dumps(json.loads(path.read_text()) | {"format": 3})
     path.write_text(text)
     for command in (
         lambda: runs.train(run.config, run.workdir),
         lambda: experiment.evaluate(run.workdir),
         lambda: saved.load_run(run.workdir),
     ):
-        with pytest.raises(UserError, match=r"format 1 or.*found format 2: another"):
+        with pytest.raises(UserError, match=r"format 2 or.*found format 3: another"):
             command()
     assert path.read_text() == text
 
@@ -627,7 +627,7 @@ def test_networks_are_what_the_config_says():
         local_width=24, output_activation="identity", dtype=jnp.bfloat16
     )
     assert made.pyramid == FeaturePyramid(
-        "resnet18", dtype=jnp.bfloat16, layers="layer3"
+        "resnet18", dtype=jnp.bfloat16, layers="layer3", image_size=(64, 64)
     )
 
 

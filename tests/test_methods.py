@@ -409,7 +409,8 @@ def make_sweep(data, fields, axes=None, variants=None):
 
 @pytest.mark.parametrize("backend", ["loop", "vmap"])
 def test_member_of_a_sweep_is_its_lone_run(run, data, tmp_path, backend):
-    fields = PADIM | {"method": run.config.method}
+    fields = PADIM if run.config.method == PADIM["method"] else SIZE
+    fields = fields | {"method": run.config.method}
     config = make_sweep(data, fields, {"seed": (0, 1)})
     config.sweep.fusions = True
     config.sweep.backend = backend
@@ -497,7 +498,7 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "padm"}, "one of padim, ulsad.*found 'padm'.*mean 'padim'"),
+        ({"method": "padm"}, "one of padim, pooled, ulsad.*found 'padm'.*'padim'"),
         ({"method": "tests.test_methods:Pixel"}, "importable.*mean 'Pixels'"),
         ({"method": "no_such_module:Method"}, "importable.*PYTHONPATH"),
         ({"method": "math:pi"}, r"made from .*Method, found 3\.14"),

@@ -161,8 +161,8 @@ def validate(config: ConfigDict) -> None:
     train = config.train
     if bool(train.num_epochs) == bool(train.num_updates):
         raise UserError(
-            "Expected one of config.train.num_epochs and config.train.num_updates to be "
-            f"0, and the other above it, found {train.num_epochs} and "
+            "Expected one of config.train.num_epochs and config.train.num_updates "
+            f"to be 0, and the other above it, found {train.num_epochs} and "
             f"{train.num_updates}. Set both, as with --config.train.num_epochs=10 "
             "--config.train.num_updates=0."
         )

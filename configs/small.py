@@ -13,6 +13,9 @@ def get_config(category: str = "all") -> ConfigDict:
     """
     config = default.get_config(category)
     config.method = "ulsad+padim"
+    # What a global map learns from so few updates adds more noise than it finds.
+    config.score.fusion = "scores"
+    config.score.weights["global"] = 0.0
     config.trunk.architecture = "tf_efficientnet_lite0"
     config.trunk.source = "builtin"
     config.model.local_width = 384

@@ -56,6 +56,10 @@ def test_weights_that_will_not_do(given):
         fusion.choose_weights(("a", "b"), given)
 
 
+def test_what_is_not_there_can_be_left_out():
+    assert fusion.choose_weights(("a", "b"), {"a": 0.0, "c": 0.0}) == {"b": 1.0}
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_image_score_is_the_mean_of_the_largest_values(share):
     maps = RNG.normal(size=(3, 10, 10)).astype(np.float32)

@@ -72,6 +72,9 @@ def choose_weights(
 ) -> dict[str, float]:
     """Returns the weight of every score in the sum; scores of weight 0 are left out.
 
+    Names with weight 0 may be unknown, so that a config can leave out what only some
+    methods have.
+
     Args:
         names: names of the scores.
         given: weights by name, `config.score.weights`; 1 for scores without one.
@@ -81,7 +84,8 @@ def choose_weights(
     """
     weights = {name: float(given.get(name, 1.0)) for name in names}
     weights = {name: weight for name, weight in weights.items() if weight}
-    if set(given.keys()) - {*names} or not weights:
+    unknown = [name for name in given if given[name] and name not in names]
+    if unknown or not weights:
         raise UserError(
             f"Expected config.score.weights to have weights of {', '.join(names)}, not "
             f"all of them 0, found {dict(given)}. Correct the names or the values."

@@ -21,6 +21,6 @@ def get_config(category: str = "all") -> ConfigDict:
     config.model.local_width = 384
     config.model.output_activation = "identity"  # whitened features have both signs
     config.optimizer.learning_rate = 1e-3
-    config.train.num_epochs, config.train.num_updates = 0, 600
+    config.train.num_epochs, config.train.num_updates = 0, 400
     config.evaluation.batch_size = 16
     return config

@@ -73,13 +73,13 @@ def get_config(category: str = "all") -> ConfigDict:
     dataset.synthetic.per_kind = 6  # test images of each kind of anomaly
 
     config.trunk = trunk = ConfigDict()
-    # resnet18, resnet34, resnet50, wide_resnet50_2, wide_resnet101_2, resnet18_drawn,
+    # resnet18, resnet34, resnet50, wide_resnet50_2, wide_resnet101_2,
     # tf_efficientnet_lite0 to 2, vit_small_patch14_dinov2, vit_base_patch14_dinov2,
     # vit_small_patch16_dinov3, vit_base_patch16_dinov3, or "module:attribute" of your
     # own: see ulsad_jax/trunks/base.py.
     trunk.architecture = "wide_resnet50_2"
     # "hub" downloads `repository`, "file" reads `path`, "builtin" takes weights in
-    # this package (tf_efficientnet_lite0, resnet18_drawn), "random" draws weights from
+    # this package (tf_efficientnet_lite0), "random" draws weights from
     # `config.seed`.
     trunk.source = "hub"
     # A timm repository on the Hugging Face hub that has a model.safetensors.

@@ -162,7 +162,7 @@ ADDED = {
 def test_field_that_was_added_later_means_what_runs_did_before(tmp_path, about, source):
     """Whatever the default has become, which for the built-in trunk it has."""
     trunk = make_config(**{"trunk.source": source}).trunk.to_dict()
-    trunk["architecture"] = "resnet18_drawn"
+    trunk["architecture"] = "resnet18"
     path = write_fields(
         tmp_path / "config.json", [*ADDED, "methods"], trunk=trunk, **about
     )
@@ -202,6 +202,17 @@ def test_what_auto_became_is_kept(tmp_path, architecture, layers, whiten):
     assert loaded.to_dict() == resolved.to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert config_lib.load(tmp_path / "config.json").to_dict() == resolved.to_dict()
+
+
+@pytest.mark.parametrize("about", [{}, {"format": 1}], ids=str)
+def test_auto_of_the_weights_built_in_before(tmp_path, about):
+    """They were a resnet18's, and whitened features of its layer2."""
+    config = make_config(
+        **{"trunk.source": "builtin", "trunk.architecture": "resnet18"}
+    )
+    path = write_fields(tmp_path / "config.json", trunk=config.trunk.to_dict(), **about)
+    trunk = config_lib.load(path).trunk
+    assert (trunk.layers, trunk.whiten) == ("layer2", "always")
 
 
 def test_a_value_equals_auto_that_became_it():
@@ -312,7 +323,7 @@ def test_tuple_given_twice(tmp_path, config, flags, together):
         ("tf_efficientnet_lite0", "hub", "auto", True),
         ("resnet18", "hub", "auto", False),
         ("resnet18", "random", "always", True),
-        ("resnet18_drawn", "builtin", "never", False),
+        ("tf_efficientnet_lite0", "builtin", "never", False),
     ],
 )
 def test_whitening_follows_the_architecture(architecture, source, whiten, expected):

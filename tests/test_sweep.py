@@ -223,7 +223,7 @@ def test_features_are_extracted_once_for_all_seeds(data, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(wave, "train", lambda *a: waves.append(len(a[0])) or train(*a))
     # A random one is another for each seed.
-    config.trunk.update(source="builtin", architecture="resnet18_drawn")
+    config.trunk.update(source="builtin", architecture="tf_efficientnet_lite0")
     for name, allowed, expected in (("both", 0.0, [2]), ("apart", 1e-9, [1, 1])):
         made.clear(), waves.clear()
         config.sweep.device_memory = allowed

@@ -94,7 +94,7 @@ def test_own_trunk_from_a_file(toy, data, tmp_path):
         ({"trunk.layers": "half"}, r"outputs of tests.*TOY \(coarse, fine\).*'half'"),
         (
             {"trunk.source": "builtin"},
-            r"built in \(tf_eff\w*, resnet18_drawn\), found",
+            r"built in \(tf_eff\w*\), found",
         ),
         ({"trunk.architecture": "tests.toy_trunk:TOYS"}, "Did you mean 'TOY'"),
         ({"trunk.architecture": "tests.toy_trunk:Toy"}, "to be an Architecture of"),

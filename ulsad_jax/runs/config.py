@@ -280,8 +280,9 @@ def load(path: Path) -> ConfigDict:
     try:
         if not isinstance(fields := json.loads(path.read_text()), dict):
             raise ValueError("no fields")
-        _check_format(fields.pop("format", 0), path)
+        _check_format(version := fields.pop("format", 0), path)
         _fill(fields)
+        _resolve_as_before(fields["trunk"], version)
         fields["image_size"] = tuple(fields["image_size"])
         fields["trunk"]["image_size"] = tuple(fields["trunk"]["image_size"])
         fields["evaluation"]["metrics"] = tuple(fields["evaluation"]["metrics"])
@@ -319,6 +320,14 @@ def _fill(fields: dict[str, Any]) -> None:
         for part in groups:
             group = group.setdefault(part, {})
         group.setdefault(field, value)
+
+
+def _resolve_as_before(trunk: dict[str, Any], version: int) -> None:
+    """Replaces "auto" by what it meant with weights built in before format 2."""
+    if version < 2 and trunk["source"] == trunks.BUILTIN:
+        for name, value in (("layers", "layer2"), ("whiten", "always")):
+            if trunk[name] == trunks.AUTO:
+                trunk[name] = value
 
 
 def _check_fields(config: ConfigDict) -> None:

@@ -6,7 +6,6 @@ torchvision and timm, so that their weights fit.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ulsad_jax.nn.layers import BatchNorm, Conv, fold_batch_norm, normalize_image
-from ulsad_jax.trunks.base import WEIGHTS, Architecture
+from ulsad_jax.trunks.base import Architecture
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
@@ -176,12 +175,3 @@ TRUNKS = {
     "wide_resnet50_2": _describe(True, (3, 4, 6), 128),
     "wide_resnet101_2": _describe(True, (3, 4, 23), 128),
 }
-# Trained on synthetic drawn images, for which layer2's whitened features are best. The
-# file's metadata describes the training and names the commit of this repository that
-# contains the program.
-TRUNKS["resnet18_drawn"] = dataclasses.replace(
-    TRUNKS["resnet18"],
-    layers="layer2",
-    whiten=True,
-    builtin=WEIGHTS / "resnet18.safetensors",
-)

@@ -25,6 +25,7 @@ def get_config(base: str = "quickstart") -> ConfigDict:
     config = sweep.get_config(base)
     config.method = "ulsad"
     config.model.output_activation = "relu"
+    config.score.fusion, config.score.top_share = "map", 0.0
     layers = trunks.find(config.trunk.architecture).layers
     config.sweep.fusions = True
     config.evaluation.original_resolution = False

@@ -26,8 +26,8 @@ def add_sweep(config: ConfigDict) -> ConfigDict:
     # Named changes of fields, {name: {field: value}} in the same tree: each is trained
     # with all of the grid. None is the same as one that changes nothing.
     config.sweep.variants = ConfigDict()
-    # Whether to score the test images with other fusions of the two maps, too: local,
-    # global, and the mean of raw maps.
+    # Whether to score the test images by other fusions, too: every map and score alone,
+    # and the mean of raw maps.
     config.sweep.fusions = False
     # How members are trained together: "vmap" at once, "loop" in turn through the same
     # program. Empty is "vmap", but "loop" on CPUs, where it is faster.

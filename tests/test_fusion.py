@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import mahalanobis
@@ -60,10 +62,19 @@ def test_what_is_not_there_can_be_left_out():
     assert fusion.choose_weights(("a", "b"), {"a": 0.0, "c": 0.0}) == {"b": 1.0}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_scores_that_differ_by_rounding_do_not_drown_the_others():
+    same = np.full(20, 0.5, np.float32)
+    same[::3] += np.float32(6e-8)
+    scores = {"same": same, "b": RNG.normal(size=20)}
+    fused = fusion.measure(scores, {"same": 1.0, "b": 1.0})
+    terms = fused.terms({"same": np.array([0.5001]), "b": np.array([5.0])})
+    assert abs(terms["same"][0]) < 0.01 < terms["b"][0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.014, 0.1, 1.0])
 def test_image_score_is_the_mean_of_the_largest_values(share):
     maps = RNG.normal(size=(3, 10, 10)).astype(np.float32)
-    count = max(1, round(share * 100))
+    count = max(1, math.ceil(share * 100))
     expected = np.sort(maps.reshape(3, -1))[:, -count:].mean(1)
     np.testing.assert_allclose(fusion.image_score(maps, share), expected, atol=1e-6)
 

@@ -40,6 +40,7 @@ PADIM = SIZE | {
     "methods.padim.channels": 12,
     "score.fusion": "scores",
     "score.weights": {"pooled": 0.5},
+    "score.top_share": 0.01,
 }
 OUTPUTS = ("score", "normalized_score", "is_anomalous", "anomaly_map", "mask_area")
 
@@ -259,6 +260,17 @@ def test_branches_resumed(leveled, tmp_path, monkeypatch):
     (tmp_path / "again/bottle/checkpoints/5").rename(tmp_path / "5")
     runs.train(leveled.config, tmp_path / "again")
     runs.assert_same_category(tmp_path / "again", leveled.workdir)
+
+
+def test_finished_branches_go_on(leveled, tmp_path):
+    """A longer training begins with the states before they were finished."""
+    copy = runs.copy(leveled, tmp_path)
+    config = leveled.config.copy_and_resolve_references()
+    config.train.num_updates = 12
+    runs.train(config, copy.workdir)
+    runs.train(config, tmp_path / "at_once")
+    assert runs.read_steps(copy.workdir)[-1] == 12
+    assert runs.read_scores(copy.workdir) == runs.read_scores(tmp_path / "at_once")
 
 
 def test_levels_without_memory(leveled, data, tmp_path):

@@ -479,6 +479,7 @@ def test_every_variant_of_the_ablation_can_be_made(base, own):
     settings = {member.setting: member.config for member in members}
     assert len(settings) == 12 + own
     assert settings["full"].method == "ulsad"
+    assert settings["full"].score.fusion == "map"
     assert len(members) == 3 * len(settings)
     for member in members:
         config_lib.validate(member.config)

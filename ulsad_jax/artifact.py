@@ -110,6 +110,12 @@ def read_weights(path: Path) -> tuple[dict[str, Any], Weights]:
             "Expected a file that `python -m ulsad_jax.export --weights` wrote, found "
             f"at {path}: {error}. Write it with that."
         ) from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"Expected {path} to be of format {FORMAT}, found format "
+            f"{metadata.get('format')}: another version wrote it. Write it again with "
+            "this one."
+        )
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     statistics = tree.get("statistics")
     weights = Weights(

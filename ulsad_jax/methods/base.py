@@ -169,8 +169,9 @@ class Method:
     def finish(self, state: State) -> State:
         """Returns the state to validate and save as a checkpoint.
 
-        It is called outside any jitted function, and arrays may change shape. Updates
-        go on from `state`, or after resuming from what it returned for `model`.
+        It is called outside any jitted function. Arrays may change shape, and may be
+        NumPy's. Updates go on with `state.training`, and with `state.model` or, after
+        resuming, with the model that was returned here.
         """
         return state
 

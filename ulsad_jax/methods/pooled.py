@@ -60,7 +60,7 @@ class Pooled(Method):
         """Fits the Gaussian to the images that were seen, in float64."""
         rows = jax.device_get(state.training)
         seen = rows["means"][rows["seen"]].astype(np.float64)
-        model = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), _fit(seen))
+        model = {name: x.astype(np.float32) for name, x in _fit(seen).items()}
         return state.replace(model=model)
 
     def maps(self, model: Any, batch: Batch) -> dict[str, Float[Array, "b h w"]]:

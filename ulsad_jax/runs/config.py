@@ -195,7 +195,7 @@ def _check_trunk(config: ConfigDict) -> None:
     if trunk.layers != trunks.AUTO:
         trunks.check_layers(trunk.architecture, trunk.layers)
     size, multiple = input_size(config), architecture.multiple
-    if any(n % multiple for n in size):
+    if needs_trunk(config) and any(n % multiple for n in size):
         field, otherwise = "trunk.image_size", ""
         if size == tuple(config.image_size):
             larger = tuple(n // 8 * multiple for n in size)

@@ -186,7 +186,7 @@ class Trainer:
         record: dict[str, float] = {f"loss/{k}": v for k, v in losses.items()}
         last = epoch + 1 == self._epochs
         if last or (epoch + 1) % self._config.train.checkpoint_every == 0:
-            finished = self._method.finish(self._state)
+            finished = self._finish()
             validation = self._validate(finished.model, step)
             # The training losses are those before the last update.
             where = f"in validation after step {step}"
@@ -202,11 +202,19 @@ class Trainer:
         self._writer.epoch(epoch + 1, self._epochs, step, record, seconds)
         if validation is None:
             return
+        if not last or self._method.num_epochs is None:
+            # Updates that follow may need what `finish` leaves out.
+            finished = finished.replace(training=self._state.training)
         if last:
             self._state = finished
-        else:  # updates may need what `finish` leaves out
-            finished = finished.replace(training=self._state.training)
         self._save(finished, validation, metrics)
+
+    def _finish(self) -> State:
+        """Returns the state to validate and save, on all devices."""
+        return jax.tree.map(
+            lambda x: self._devices.replicate(x) if isinstance(x, np.ndarray) else x,
+            self._method.finish(self._state),
+        )
 
     def _save(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     Scores = Mapping[str, Float[np.ndarray, " n"]]
 
 MAP, SCORES = "map", "scores"  # values of config.score.fusion
+ROUNDING = 1e-5  # largest spread of float32 scores by rounding, as a share of them
 NORMAL_MAD = 0.6745  # median absolute deviation of a standard normal distribution
 
 
@@ -62,8 +64,8 @@ def image_score(
     """
     if not top_share:
         return anomaly_map.max((1, 2))
-    flat = anomaly_map.reshape(len(anomaly_map), -1)
-    count = max(1, round(top_share * flat.shape[1]))
+    flat = anomaly_map.reshape(anomaly_map.shape[0], -1)
+    count = math.ceil(top_share * flat.shape[1] - 1e-9)  # but for rounding errors
     return jax.lax.top_k(jnp.asarray(flat), count)[0].mean(1)
 
 
@@ -131,9 +133,13 @@ def fuse_as_new(
 def _measure(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """Returns the center and the spread of scores; the spread is never 0.
 
-    Scores that do not vary, such as a single one, say nothing about their unit. Their
-    spread is then the center's absolute value, which makes the result relative.
+    Scores that do not vary but for rounding, such as a single one, say nothing about
+    their unit. Their spread is then the center's absolute value, which makes the result
+    relative.
     """
     center = float(np.median(values))
     mad = float(np.median(np.abs(values - center)))
-    return center, mad / NORMAL_MAD or float(values.std()) or abs(center) or 1.0
+    for spread in (mad / NORMAL_MAD, float(values.std())):
+        if spread > ROUNDING * abs(center):
+            return center, spread
+    return center, abs(center) or 1.0

@@ -23,10 +23,10 @@ class Result:
     """The result of one image.
 
     Attributes:
-        score: maximum of the anomaly map at model resolution, as in scores.csv.
+        score: score of the image, as in scores.csv; see `prediction.Prediction`.
         normalized_score: normalised score; see `thresholds.normalize`.
         is_anomalous: True if the score is above the image threshold.
-        scores: maximum of each calibrated map, by the map's name.
+        scores: scores of the calibrated maps, and the method's own, by name.
         mask_area: number of pixels of the mask.
         mask_share: share of the image's pixels in the mask.
         anomaly_map: [h, w] float32, mean of `maps`; None in a result read from a file.
@@ -56,7 +56,7 @@ def columns(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the columns of results.
 
     Args:
-        names: names of the method's maps.
+        names: names of the method's maps and of its own scores.
     """
     return (*FIRST, *(f"{name}{SUFFIX}" for name in names), *LAST)
 

@@ -15,6 +15,7 @@ import jax
 from tqdm import tqdm
 
 from ulsad_jax.data.batches import Category
+from ulsad_jax.methods.base import Method, Spec
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import data, fitting, setup, testing
 from ulsad_jax.runs import folder as files_of
@@ -104,7 +105,8 @@ def _train(config: ConfigDict, workdir: Path) -> str:
     jobs = _open(members, workdir)
     programs: dict[Hashable, list[Job]] = {}
     for job in jobs:
-        programs.setdefault(grid.program(job.member, traced), []).append(job)
+        key = grid.program(job.member, traced), _shapes(job.run)
+        programs.setdefault(key, []).append(job)
     for same in programs.values():
         budget = memory.find_budget(config.sweep)
         _train_program(same, traced, budget, config.sweep.backend)
@@ -118,6 +120,19 @@ def _train(config: ConfigDict, workdir: Path) -> str:
             "the values in config.sweep, and give another --workdir."
         )
     return told
+
+
+def _shapes(run: CategoryRun) -> str:
+    """Returns the shapes of a member's batches and states: `vmap` stacks them."""
+    method, batch_size = run.setup.method, run.config.train.batch_size
+    spec = run.setup.spec(batch_size, len(run.data.train))
+    return _describe_shapes(method, spec)
+
+
+@functools.cache
+def _describe_shapes(method: Method, spec: Spec) -> str:
+    key = jax.random.key(0)
+    return str((spec.batch, jax.eval_shape(lambda key: method.init(key, spec), key)))
 
 
 def _check_workdir(workdir: Path) -> None:

@@ -230,8 +230,7 @@ def open_category(
         cache_dir: folder in which the built data are kept.
         validation_fraction: fraction of the training images to hold out.
         seed: seed that selects the held-out images, differently in each category.
-        mask_size: (height, width) of the masks in batches, in pixels; by default
-            `image_size`.
+        mask_size: size of the masks, by default `image_size`.
         white_level: value that means white in files with more than 8 bits per channel;
             0 if it is not given.
         needs_training: True to refuse a category without training images. If False,

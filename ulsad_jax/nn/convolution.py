@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ulsad_jax.nn import winograd
 
@@ -42,7 +41,7 @@ TILED_MULTIPLICATIONS = 2**29
 LARGE_TILE_POSITIONS = 1024  # for 5 x 5: from here on, 4 x 4 tiles beat 2 x 2 ones
 MANY_IMAGES = 32  # from here on, batches are split for the kernel's gradient
 CHUNK_ELEMENTS = 2**20  # number of tap elements held at once
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 _plain = contextvars.ContextVar("plain", default=False)
 
 
@@ -90,45 +89,12 @@ def convolve(
         def by_tiles(x, kernel):
             return winograd.convolve(x, kernel, padding, tile)
 
-        return _lower(native, forward=by_tiles, backward=by_tiles)(x, kernel)
+        return lower(native, forward=by_tiles, backward=by_tiles)(x, kernel)
     if size == 1 or outputs >= MANY_OUTPUTS:
-        return _lower(native, forward=taps, backward=taps)(x, kernel)
+        return lower(native, forward=taps, backward=taps)(x, kernel)
     if stride == 1 and size % 2 == 0:
-        return _lower(native, forward=native, backward=taps)(x, kernel)
+        return lower(native, forward=native, backward=taps)(x, kernel)
     return _with_chunked_kernel_gradient(native, stride, padding)(x, kernel)
-
-
-def convolve_same(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw j o"], *, stride: int
-) -> Float[Array, "b oh ow o"]:
-    """Computes a cross-correlation with TensorFlow's SAME padding.
-
-    The output has ceil(h / stride) rows, and likewise columns. Of an odd number of
-    zeros, there is one more after the input than before it.
-
-    Args:
-        x: input, [b, h, w, i].
-        kernel: kernel of all input channels, [kh, kw, i, o], or of one channel each if
-            the convolution is depthwise, [kh, kw, 1, i].
-        stride: stride on both axes.
-
-    Returns:
-        Output, [b, oh, ow, o].
-    """
-    if kernel.shape[:2] == (1, 1) and stride == 1:
-        return convolve(x, kernel, stride=1, padding=0)
-    groups = x.shape[-1] // kernel.shape[2]
-    native = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=(stride, stride),
-        padding="SAME",
-        dimension_numbers=_LAYOUT,
-        feature_group_count=groups,
-    )
-    if groups == 1:
-        return native(x, kernel)
-    sums = functools.partial(_convolve_depthwise, stride=stride)
-    return _lower(native, forward=sums, backward=sums)(x, kernel)
 
 
 def convolve_transposed(
@@ -162,7 +128,7 @@ def convolve_transposed(
     if (k, stride, padding) != (4, 2, 1) or _is_small(x, kernel):
         return native(x, kernel)
     forward = _double if _tile(x, kernel[::2, ::2]) else native
-    return _lower(native, forward=forward, backward=_double, gpu=_double_at_once)(
+    return lower(native, forward=forward, backward=_double, gpu=_double_at_once)(
         x, kernel
     )
 
@@ -182,27 +148,8 @@ def _convolve_natively(
         window_strides=(stride, stride),
         padding=[(padding, padding)] * 2,
         lhs_dilation=(dilation, dilation),
-        dimension_numbers=_LAYOUT,
+        dimension_numbers=LAYOUT,
     )
-
-
-def _convolve_depthwise(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw 1 c"], *, stride: int
-) -> Float[Array, "b oh ow c"]:
-    """Computes a depthwise convolution with SAME padding as a sum over the taps.
-
-    On CPUs, XLA's own takes 8 to 50 times as long.
-    """
-    window, strides = kernel.shape[:2], (stride, stride)
-    padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME")
-    # XLA would otherwise pad anew for every tap.
-    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, (0, 0))))
-    ends = [stride * (n - 1) + 1 for n in _output_size(x, kernel, stride)]
-    total = jnp.float32(0)
-    for r, s in np.ndindex(window):
-        tap = x[:, r : r + ends[0] : stride, s : s + ends[1] : stride]
-        total += tap * kernel[r, s, 0].astype(jnp.float32)
-    return total.astype(x.dtype)
 
 
 def _is_small(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> bool:
@@ -234,7 +181,7 @@ def _positions(x: Float[Array, "b h w i"]) -> int:
     return height * width * (batch if isinstance(batch, int) else 1)
 
 
-def _lower(
+def lower(
     native: Callable,
     *,
     forward: Callable,
@@ -392,7 +339,7 @@ def _convolve_taps(
     """Computes an unpadded convolution as one matrix product over all taps."""
     outputs = kernel.shape[-1]
     product = _multiply(_gather_taps(x, kernel, stride), kernel.reshape(-1, outputs))
-    return product.reshape(-1, *_output_size(x, kernel, stride), outputs)
+    return product.reshape(-1, *output_size(x, kernel, stride), outputs)
 
 
 def _gather_taps(
@@ -400,7 +347,7 @@ def _gather_taps(
 ) -> Float[Array, "b*oh*ow kh*kw*i"]:
     """Returns the inputs of an unpadded convolution's outputs, one row per output."""
     kh, kw, i, _ = kernel.shape
-    ends = [stride * (n - 1) + 1 for n in _output_size(x, kernel, stride)]
+    ends = [stride * (n - 1) + 1 for n in output_size(x, kernel, stride)]
     taps = [
         x[:, r : r + ends[0] : stride, s : s + ends[1] : stride]
         for r in range(kh)
@@ -409,7 +356,7 @@ def _gather_taps(
     return jnp.concatenate(taps, axis=-1).reshape(-1, kh * kw * i)
 
 
-def _output_size(
+def output_size(
     x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"], stride: int
 ) -> list[int]:
     """Returns the numbers of rows and columns that an unpadded convolution gives."""

@@ -56,14 +56,9 @@ def evaluate(
     if run.data.train:
         run.check_data()
     given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
+    given |= {"step": step, "sharding": run.devices.everywhere}
     step, weights, decisions = saved.load(
-        run.config,
-        run.setup,
-        run.folder,
-        run.trunk,
-        step=step,
-        sharding=run.devices.everywhere,
-        **given,
+        run.config, run.setup, run.folder, run.trunk, **given
     )
     timings = run.folder / files_of.STAGES
     with stages.measure(timings, "prediction"):
@@ -92,12 +87,11 @@ def evaluate(
             step, {f"test/{k}": v for k, v in metrics.items() if math.isfinite(v)}
         )
         writer.pictures(step, _write_pictures(run, prediction, truth, weights))
-    fusion = weights.calibration.to_json().get("fusion")
-    document = _origin(run, step, **given) | {
-        "decisions": decisions.to_json() | ({"fusion": fusion} if fusion else {}),
-        "metrics": finite(metrics),
-    }
-    text = json.dumps(document, indent=2) + "\n"
+    about = decisions.to_json()
+    if fusion := weights.calibration.to_json().get("fusion"):
+        about["fusion"] = fusion
+    document = {"decisions": about, "metrics": finite(metrics)}
+    text = json.dumps(_origin(run, step, **given) | document, indent=2) + "\n"
     files.replace(run.folder / files_of.RESULTS, text)
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
 import re
 import shutil
-import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 from ulsad_jax.runtime import hosts
 from ulsad_jax.runtime.checksums import describe_layout, digest, digest_arrays
 from ulsad_jax.runtime.errors import UserError, sentence, storage_errors
+from ulsad_jax.runtime.quiet import silence
 
 DIGEST = "digest"  # the item with the checksums of the others
 METRICS = "metrics"  # Orbax's own item
@@ -247,7 +244,7 @@ class CheckpointStore:
     def _read_shapes(self, step: int, name: str) -> Any:
         """Reads the saved shapes of a tree of arrays; methods may change shapes."""
         folder = self._folder / str(step) / name
-        with _silent():
+        with silence():
             try:
                 found = ocp.StandardCheckpointer().metadata(folder.absolute())
                 return found.item_metadata.tree
@@ -274,7 +271,7 @@ class CheckpointStore:
     def _open(self) -> ocp.CheckpointManager:
         while True:
             self._seen = self._list()
-            with _silent():
+            with silence():
                 try:
                     return ocp.CheckpointManager(
                         self._folder.absolute(), options=self._options
@@ -354,7 +351,7 @@ class CheckpointStore:
         )
         items = ocp.args.Composite(**{name: args})
         try:
-            with _silent():
+            with silence():
                 return self._manager.restore(step, args=items)[name]
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
@@ -389,26 +386,3 @@ class CheckpointStore:
             f"Restore the folder {folder} from a copy. Or delete it, and run the "
             f"train.py command again, which then {instead}."
         )
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Suppresses the log messages and warnings of libraries.
-
-    After an exception Orbax's tasks stay silent for good, because they report their
-    errors in threads of their own, and only when they are garbage-collected.
-    """
-    disabled, hook = logging.root.manager.disable, sys.unraisablehook
-    logging.disable(logging.CRITICAL)
-    if hook is sys.__unraisablehook__:
-        sys.unraisablehook = lambda _: None
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    except Exception:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-        raise
-    else:
-        sys.unraisablehook = hook
-    finally:
-        logging.disable(disabled)

@@ -17,8 +17,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ulsad_jax.nn.convolution import convolve_same
 from ulsad_jax.nn.layers import BatchNorm, fold_batch_norm
+from ulsad_jax.nn.same import convolve_same
 from ulsad_jax.trunks.base import WEIGHTS, Architecture
 
 if TYPE_CHECKING:

@@ -56,9 +56,9 @@ def evaluate(
     if run.data.train:
         run.check_data()
     given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
-    given |= {"step": step, "sharding": run.devices.everywhere}
+    wanted = given | {"step": step, "sharding": run.devices.everywhere}
     step, weights, decisions = saved.load(
-        run.config, run.setup, run.folder, run.trunk, **given
+        run.config, run.setup, run.folder, run.trunk, **wanted
     )
     timings = run.folder / files_of.STAGES
     with stages.measure(timings, "prediction"):

@@ -282,6 +282,17 @@ def short_name(reference: str) -> str:
     return reference.rpartition(":")[2]
 
 
+def count_batches(num_images: int, batch_size: int, *, whole_only: bool) -> int:
+    """Returns the number of batches in a pass over the training images.
+
+    Args:
+        num_images: number of training images.
+        batch_size: number of images in a batch.
+        whole_only: True to leave out an incomplete last batch.
+    """
+    return num_images // batch_size if whole_only else -(-num_images // batch_size)
+
+
 def count_bytes(tree: Any) -> int:
     """Returns the size in bytes of a tree of arrays or of shapes."""
     return sum(

@@ -58,10 +58,11 @@ class Branches(Method):
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial states, with the number of updates of each branch."""
         states = {name: m.init(key, spec) for name, m in self._methods()}
-        batch_size = spec.batch.image.shape[0]
-        per_epoch = spec.num_images // batch_size
-        if self.sees_every_image:
-            per_epoch = -(-spec.num_images // batch_size)
+        per_epoch = base.count_batches(
+            spec.num_images,
+            spec.batch.image.shape[0],
+            whole_only=not self.sees_every_image,
+        )
         updates = {
             name: jnp.asarray(m.num_epochs * per_epoch, jnp.int32)
             for name, m in self._methods()

@@ -238,10 +238,13 @@ class Trainer:
         self._writer.rewind(step or 0)
         if step is None:
             return
+        model = None
+        if steps.keeps_shapes(self._method):
+            model = steps.model_item(self._state.model, self._statistics)
         item, training, saved = self._store.restore_training(
             step,
             self._devices.everywhere,
-            model=steps.saved_shapes(self._method, self._state.model, self._statistics),
+            model=model,
             optimizer=self._state.training,
         )
         model, _ = steps.read_model_item(item)

@@ -193,6 +193,8 @@ def load_run(
 def _model_shapes(made: setup.Setup, batch_size: int) -> Any:
     """Returns the shapes of `model_item`; None if `Method.finish` is overridden."""
     method, spec = made.method, made.spec(batch_size)
+    if not steps.keeps_shapes(method):
+        return None
     state = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
     statistics = None
     if isinstance(made.features, jax.ShapeDtypeStruct):
@@ -201,4 +203,4 @@ def _model_shapes(made: setup.Setup, batch_size: int) -> Any:
         statistics = ChannelStatistics(
             *(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
         )
-    return steps.saved_shapes(method, state.model, statistics)
+    return steps.model_item(state.model, statistics)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.core import FrozenDict
 
-from ulsad_jax.methods.base import Batch, Method, Spec, State
+from ulsad_jax.methods.base import Batch, Method, Spec, State, count_batches
 from ulsad_jax.runtime import compilation
 from ulsad_jax.runtime.devices import DATA, PMAP, Devices
 from ulsad_jax.runtime.errors import UserError
@@ -140,9 +140,7 @@ def steps_per_epoch(
     Raises:
         UserError: there are too few images for one batch.
     """
-    if not whole_only:
-        return -(-count // batch_size)
-    if count < batch_size:
+    if whole_only and count < batch_size:
         advice = ["add images"]
         if validation > 1:
             advice.insert(
@@ -159,7 +157,7 @@ def steps_per_epoch(
             f"the {validation} for validation, found {count}. "
             f"{text[0].upper()}{text[1:]}."
         )
-    return count // batch_size
+    return count_batches(count, batch_size, whole_only=whole_only)
 
 
 def count_epochs(train: ConfigDict, per_epoch: int) -> int:
@@ -203,13 +201,9 @@ def model_item(model: Any, statistics: ChannelStatistics | None) -> dict[str, An
     return item
 
 
-def saved_shapes(
-    method: Method, model: Any, statistics: ChannelStatistics | None
-) -> dict[str, Any] | None:
-    """Returns `model_item`, or None if `Method.finish` may change its shapes."""
-    if type(method).finish is not Method.finish:
-        return None
-    return model_item(model, statistics)
+def keeps_shapes(method: Method) -> bool:
+    """Returns whether saved models have the shapes of initial ones: no own `finish`."""
+    return type(method).finish is Method.finish
 
 
 def read_model_item(

@@ -121,12 +121,13 @@ def fuse_as_new(
     """
     used = {name: np.asarray(scores[name], np.float64) for name in weights}
     count = len(next(iter(used.values())))
+    if count == 1:
+        return measure(used, weights)(used)
     fused = np.empty(count)
     for i in range(count):
         own = {name: values[i] for name, values in used.items()}
-        if count > 1:
-            others = {name: np.delete(values, i) for name, values in used.items()}
-        fused[i] = measure(others if count > 1 else used, weights)(own)
+        others = {name: np.delete(values, i) for name, values in used.items()}
+        fused[i] = measure(others, weights)(own)
     return fused
 
 

@@ -104,9 +104,13 @@ def _train(config: ConfigDict, workdir: Path) -> str:
     files.replace(workdir / files_of.SWEEP, config.to_json_best_effort(indent=2) + "\n")
     jobs = _open(members, workdir)
     programs: dict[Hashable, list[Job]] = {}
+    shapes: dict[Hashable, str] = {}  # tracing takes time: once for equal members
     for job in jobs:
-        key = grid.program(job.member, traced), _shapes(job.run)
-        programs.setdefault(key, []).append(job)
+        run, program = job.run, grid.program(job.member, traced)
+        spec = run.setup.spec(run.config.train.batch_size, len(run.data.train))
+        if (program, spec) not in shapes:
+            shapes[program, spec] = _describe_shapes(run.setup.method, spec)
+        programs.setdefault((program, shapes[program, spec]), []).append(job)
     for same in programs.values():
         budget = memory.find_budget(config.sweep)
         _train_program(same, traced, budget, config.sweep.backend)
@@ -122,15 +126,8 @@ def _train(config: ConfigDict, workdir: Path) -> str:
     return told
 
 
-def _shapes(run: CategoryRun) -> str:
-    """Returns the shapes of a member's batches and states: `vmap` stacks them."""
-    method, batch_size = run.setup.method, run.config.train.batch_size
-    spec = run.setup.spec(batch_size, len(run.data.train))
-    return _describe_shapes(method, spec)
-
-
-@functools.cache
 def _describe_shapes(method: Method, spec: Spec) -> str:
+    """Returns the shapes of a member's batches and states, which `vmap` stacks."""
     key = jax.random.key(0)
     return str((spec.batch, jax.eval_shape(lambda key: method.init(key, spec), key)))
 

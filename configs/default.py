@@ -13,9 +13,8 @@ def get_config(category: str = "all") -> ConfigDict:
     # Seed of everything random in a run: initial weights, the order of the images, the
     # validation split, random trunks.
     config.seed = 0
-    # A built-in method ("ulsad", "padim", "pooled"), "module:attribute" of your own, or
-    # several joined with "+", such as "ulsad+pooled"; see docs/methods.md. The fields
-    # of methods other than ULSAD are in `methods`.
+    # A built-in method such as "ulsad" or "padim", "module:attribute" of your own, or
+    # several joined with "+", such as "ulsad+pooled": see docs/methods.md.
     config.method = "ulsad"
     # (height, width) in pixels, multiples of 32 from 64 up. Images are resized to it
     # without keeping their aspect ratio.
@@ -26,8 +25,23 @@ def get_config(category: str = "all") -> ConfigDict:
     # How a method's maps are brought to one scale before they are averaged: "quantile",
     # by their quantiles on the validation normals, or "none".
     config.calibration = "quantile"
+    config.score = _score()
+    config.threshold = _threshold()
+    config.dataset = _dataset(category)
+    config.trunk = _trunk()
+    config.model = _model()
+    config.losses = _losses()
+    config.methods = _methods()
+    config.optimizer = _optimizer()
+    config.train = _train()
+    config.parallel = _parallel()
+    config.evaluation = _evaluation()
+    return config
 
-    config.score = score = ConfigDict()
+
+def _score() -> ConfigDict:
+    """Returns how an image's score is made."""
+    score = ConfigDict()
     # The score of an image: "map", that of the anomaly map, as published, or "scores",
     # the weighted sum of the z-scores of every map and of a method's own scores.
     score.fusion = "map"
@@ -36,16 +50,24 @@ def get_config(category: str = "all") -> ConfigDict:
     # The score of a map is the mean over this share of its pixels, those with the
     # largest values; 0 for the maximum, as published.
     score.top_share = 0.0
+    return score
 
-    config.threshold = threshold = ConfigDict()
+
+def _threshold() -> ConfigDict:
+    """Returns the shares of normals that thresholds allow."""
+    threshold = ConfigDict()
     # Share of normal images that may be called anomalous. With fewer than
     # 1 / image_fpr - 1 validation images it cannot be guaranteed: see
     # docs/thresholds.md.
     threshold.image_fpr = 0.05
     # Share of the pixels of normal images that may be in the predicted mask.
     threshold.pixel_fpr = 0.005
+    return threshold
 
-    config.dataset = dataset = ConfigDict()
+
+def _dataset(category: str) -> ConfigDict:
+    """Returns where images come from."""
+    dataset = ConfigDict()
     # mvtec_ad, mvtec_loco, btad, mpdd, visa, magnetic_tile, folder, table, synthetic.
     dataset.name = ""
     # Folder that the archive was unpacked to; for "table" the CSV file; for "synthetic"
@@ -71,8 +93,12 @@ def get_config(category: str = "all") -> ConfigDict:
     dataset.synthetic.validation = 20  # normal validation images
     dataset.synthetic.good = 60  # normal test images
     dataset.synthetic.per_kind = 6  # test images of each kind of anomaly
+    return dataset
 
-    config.trunk = trunk = ConfigDict()
+
+def _trunk() -> ConfigDict:
+    """Returns the frozen network whose outputs are the features."""
+    trunk = ConfigDict()
     # resnet18, resnet34, resnet50, wide_resnet50_2, wide_resnet101_2,
     # tf_efficientnet_lite0 to 2, vit_small_patch14_dinov2, vit_base_patch14_dinov2,
     # vit_small_patch16_dinov3, vit_base_patch16_dinov3, or "module:attribute" of your
@@ -98,34 +124,56 @@ def get_config(category: str = "all") -> ConfigDict:
     # is the architecture's default: "never" for ResNets, as published, but "always" for
     # the others and for those that have weights built in.
     trunk.whiten = "auto"
+    return trunk
 
-    config.model = model = ConfigDict()
+
+def _model() -> ConfigDict:
+    """Returns the sizes of ULSAD's networks."""
+    model = ConfigDict()
     # Channels of the local reconstructor's smallest grid; 1536 gives 65 M parameters.
     model.local_width = 1536
     # Output activation of the local reconstructor: "relu" as published, or "identity".
     model.output_activation = "relu"
+    return model
 
+
+def _losses() -> ConfigDict:
+    """Returns ULSAD's loss terms."""
+    losses = ConfigDict()
     # Loss terms by a name of your choice. Each has a `term` (one of these three, or
     # "module:function" of your own), a `weight`, and the term's keyword arguments.
-    config.losses = losses = ConfigDict()
     losses.local = {"term": "local", "weight": 1.0, "cosine_weight": 0.5}
     losses.attention = {"term": "attention", "weight": 1.0, "cosine_weight": 0.5}
     losses.consistency = {"term": "consistency", "weight": 1.0, "cosine_weight": 0.5}
+    return losses
 
-    config.methods = methods = ConfigDict()
+
+def _methods() -> ConfigDict:
+    """Returns the fields of methods other than ULSAD."""
+    methods = ConfigDict()
     # PaDiM fits a Gaussian at every position to `channels` feature channels, chosen at
     # random. `epsilon` is added to their variances.
     methods.padim = ConfigDict({"channels": 100, "epsilon": 0.01})
+    # Visual words that are counted.
+    methods.words = ConfigDict({"count": 64})
+    return methods
 
+
+def _optimizer() -> ConfigDict:
+    """Returns the fields of ULSAD's optimizer."""
+    optimizer = ConfigDict()
     # Adam, with L2 decay (`weight_decay`) added to the gradient.
-    config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 2e-4
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
     optimizer.weight_decay = 2e-5
+    return optimizer
 
-    config.train = train = ConfigDict()
+
+def _train() -> ConfigDict:
+    """Returns length, batches and memory of training."""
+    train = ConfigDict()
     train.batch_size = 8
     # Ignored by methods with a fixed number of passes over the training images, such as
     # "padim", which takes one.
@@ -143,15 +191,23 @@ def get_config(category: str = "all") -> ConfigDict:
     # features may take. If they need more, features are not kept, and the trunk runs in
     # every step; 0 always does this.
     train.feature_memory = 0.5
+    return train
 
-    config.parallel = parallel = ConfigDict()
+
+def _parallel() -> ConfigDict:
+    """Returns how devices are used."""
+    parallel = ConfigDict()
     # Number of devices to split a batch over, counted from the first, or 0 for all.
     # `train.batch_size` must be a multiple of it.
     parallel.devices = 0
     # "jit", or "pmap" to run the same training step with `jax.pmap`.
     parallel.backend = "jit"
+    return parallel
 
-    config.evaluation = evaluation = ConfigDict()
+
+def _evaluation() -> ConfigDict:
+    """Returns what evaluation measures and writes."""
+    evaluation = ConfigDict()
     # Rounded up to a multiple of the number of devices.
     evaluation.batch_size = 8
     # Number of heatmap pictures of each type of test image, -1 for all. Half of them
@@ -166,4 +222,4 @@ def get_config(category: str = "all") -> ConfigDict:
     # Whether to write the map of each test image, float32 at the image's own resolution
     # (4 bytes per pixel), to maps/<category>/test/<type>/<id>.tiff in the run's folder.
     evaluation.write_maps = False
-    return config
+    return evaluation

@@ -1,16 +1,17 @@
-"""The fusion of image scores, and a Gaussian of the mean feature."""
+"""The fusion of image scores, and Gaussians of mean features and of word counts."""
 
 from __future__ import annotations
 
 import math
 
+import jax
 import numpy as np
 import pytest
 from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import LedoitWolf
 
 from ulsad_jax.methods.base import Batch, Spec
-from ulsad_jax.methods.pooled import Pooled
+from ulsad_jax.methods.pooled import Pooled, Words
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.scoring import fusion
 
@@ -111,3 +112,55 @@ def test_pooled_without_a_covariance(x):
     new = np.broadcast_to(np.array([1.0, 1.0, 3.0], np.float32), (1, 2, 2, 3))
     score = method.scores(state.model, Batch(None, new, None))["pooled"]
     assert float(score[0]) == pytest.approx(2.0, rel=1e-5)
+
+
+def fit_words(features, key=0, **fields):
+    """Trains in one batch on features [n, h, w, c]."""
+    method, key = Words(**fields), jax.random.key(key)
+    count = len(features)
+    batch = Batch(None, features, np.ones(count, bool), np.arange(count))
+    state = method.init(key, Spec(batch, count))
+    state, losses = method.update(state, batch, key)
+    assert not losses
+    return method, method.finish(state)
+
+
+def draw_words(counts, rng=RNG):
+    """Features of 4 x 4 positions in groups far from each other, by their counts."""
+    places = 10 * np.eye(4)
+    rows = [rng.permutation(np.repeat(places, own, axis=0)) for own in counts]
+    rows = np.stack(rows).reshape(-1, 4, 4, 4)
+    return (rows + rng.normal(scale=0.1, size=rows.shape)).astype(np.float32)
+
+
+def test_words_is_the_distance_of_log_counts_by_ledoit_and_wolf():
+    counts = RNG.multinomial(16, [0.4, 0.3, 0.2, 0.1], 30)
+    method, state = fit_words(draw_words(counts), count=4)
+    # Which word stands for which group.
+    order = np.abs(state.model["words"] - 10 * np.eye(4)[:, None]).sum(-1).argmin(-1)
+    expected = LedoitWolf().fit(np.log1p(256 * counts[:, order] / 16))
+    precision = np.linalg.inv(expected.covariance_)
+    new = np.array([[16, 0, 0, 0], [4, 4, 4, 4], [7, 4, 3, 2]])
+    found = method.scores(state.model, Batch(None, draw_words(new), None))["words"]
+    for one, score in zip(np.log1p(256 * new / 16), found, strict=True):
+        distance = mahalanobis(one[order], expected.location_, precision)
+        assert float(score) == pytest.approx(distance, rel=1e-3)
+    assert found[2] < min(found[:2])
+
+
+def test_words_of_large_images_are_from_random_positions():
+    """As many of each image, and the counts are those of 256 positions all the same."""
+    features = np.repeat(draw_words([[8, 4, 2, 2]] * 6), 64, axis=1)  # 256 x 4
+    _, state = fit_words(features, count=4)
+    assert state.training["rows"].shape == (6, 256, 4)
+    counts = np.exp(state.model["mean"]) - 1
+    np.testing.assert_allclose(np.sort(counts), [32, 32, 64, 128], rtol=0.3)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("features", [np.zeros, np.ones])
+def test_words_of_features_that_are_all_the_same(count, features):
+    same = features((count, 2, 2, 3), np.float32)
+    method, state = fit_words(same)
+    score = method.scores(state.model, Batch(None, same, None))["words"]
+    np.testing.assert_allclose(score, 0, atol=1e-5)

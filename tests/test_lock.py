@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +145,26 @@ def test_many_at_once(tmp_path):
         thread.join()
     assert set(most) == {1}
     assert len(entered) >= 1
+
+
+def test_folder_that_goes_while_it_is_made(tmp_path, monkeypatch):
+    """Between mkdir's attempt and its look at what is there."""
+    folder, made = tmp_path / "run", Path.mkdir
+
+    def lose_once(path, *args, **kwargs):
+        monkeypatch.undo()
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", lose_once)
+    with lock.hold(folder):
+        assert (folder / ".lock").exists()
+    assert Path.mkdir is made and not folder.exists()
+
+
+def test_link_to_nowhere_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError), lock.hold(tmp_path / "run"):
+        pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

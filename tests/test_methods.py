@@ -289,7 +289,7 @@ def test_levels_without_memory(leveled, data, tmp_path):
         ({"method": "pooled"}, "at least one map, found only scores"),
         ({"method": "padim+padim"}, "each of its branches once"),
         ({"method": "padim+tests.test_methods:Bright"}, "take the same features"),
-        ({"method": "padim+nothing"}, "one of padim, pooled, ulsad"),
+        ({"method": "padim+nothing"}, "one of .*padim, "),
         (PADIM | {"score.weights": {"patc": 1.0}}, "weights of patch, pooled"),
         (PADIM | {"score.weights": {"patch": -1.0}}, "finite numbers from 0 up"),
         (PADIM | {"score.weights": {"patch": 0.0, "pooled": 0.0}}, "not all of them"),
@@ -510,7 +510,7 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "padm"}, "one of padim, pooled, ulsad.*found 'padm'.*'padim'"),
+        ({"method": "padm"}, "one of .*padim.*found 'padm'.*'padim'"),
         ({"method": "tests.test_methods:Pixel"}, "importable.*mean 'Pixels'"),
         ({"method": "no_such_module:Method"}, "importable.*PYTHONPATH"),
         ({"method": "math:pi"}, r"made from .*Method, found 3\.14"),

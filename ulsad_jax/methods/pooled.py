@@ -1,12 +1,14 @@
-"""Implements a Gaussian of an image's mean feature, which scores images as a whole.
+"""Implements Gaussians of descriptions of whole images, which score images as a whole.
 
 Sugawara & Imamura, "PUAD: Frustratingly Simple Method for Robust Anomaly Detection",
-ICIP 2024, add this score to that of another method's map.
+ICIP 2024, add such a score to that of another method's map.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -14,9 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ulsad_jax.methods.base import Batch, Method, Spec, State
+from ulsad_jax.runtime.rules import Rule, at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+POSITIONS = 256  # largest number of positions of a training image that words are from
+PATCHES = 10_000  # largest number of features that k-means groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +38,9 @@ class Pooled(Method):
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Reserves a row for each training image."""
-        del key
-        channels = spec.batch.features.shape[-1]
+        row = jax.eval_shape(self._row, spec.batch.features, key)
         rows = {
-            "means": jnp.zeros((spec.num_images, channels)),
+            "rows": jnp.zeros((spec.num_images, *row.shape[1:])),
             "seen": jnp.zeros(spec.num_images, bool),
         }
         return State(jnp.zeros((), jnp.int32), {}, rows)
@@ -43,25 +48,22 @@ class Pooled(Method):
     def update(
         self, state: State, batch: Batch, key: jax.Array
     ) -> tuple[State, dict[str, Float[Array, ""]]]:
-        """Writes the images' mean features to their rows."""
-        del key
-        new = batch.features.mean((1, 2)), batch.index, batch.valid
+        """Writes what `finish` needs of each image to its row."""
+        new = self._row(batch.features, key), batch.index, batch.valid
         if self.axis_name is not None:
             new = jax.lax.all_gather(new, self.axis_name, tiled=True)
-        means, index, valid = new
+        values, index, valid = new
         rows = jnp.where(valid, index, len(state.training["seen"]))  # padding: no row
         training = {
-            "means": state.training["means"].at[rows].set(means, mode="drop"),
+            "rows": state.training["rows"].at[rows].set(values, mode="drop"),
             "seen": state.training["seen"].at[rows].set(True, mode="drop"),
         }
         return State(state.step + 1, state.model, training), {}
 
     def finish(self, state: State) -> State:
-        """Fits the Gaussian to the images that were seen, in float64."""
+        """Fits the model to the images that were seen."""
         rows = jax.device_get(state.training)
-        seen = rows["means"][rows["seen"]].astype(np.float64)
-        model = {name: x.astype(np.float32) for name, x in _fit(seen).items()}
-        return state.replace(model=model)
+        return state.replace(model=self._fit(rows["rows"][rows["seen"]]))
 
     def maps(self, model: Any, batch: Batch) -> dict[str, Float[Array, "b h w"]]:
         """Returns no map."""
@@ -70,22 +72,94 @@ class Pooled(Method):
 
     def scores(self, model: Any, batch: Batch) -> dict[str, Float[Array, " b"]]:
         """Returns the score `pooled`: the mean feature's Mahalanobis distance."""
-        x = batch.features.mean((1, 2)) - model["mean"]
-        white = jnp.matmul(x, model["factor"], precision="highest")
-        return {"pooled": jnp.sqrt(jnp.square(white).sum(-1))}
+        return {"pooled": _distance(model, batch.features.mean((1, 2)))}
+
+    def _row(
+        self, features: Float[Array, "b h w c"], key: jax.Array
+    ) -> Float[Array, "b ..."]:
+        """Returns what `_fit` needs of each image."""
+        del key
+        return features.mean((1, 2))
+
+    def _fit(self, rows: Float[np.ndarray, "n ..."]) -> dict[str, np.ndarray]:
+        """Returns the model."""
+        return fit_gaussian(rows)
 
 
-METHODS = {"pooled": Pooled}
+@dataclasses.dataclass(frozen=True)
+class Words(Pooled):
+    """One Gaussian of how often each visual word occurs in an image; it has no map.
+
+    Words are the centers of k-means over the training features (Csurka et al., "Visual
+    Categorization with Bags of Keypoints", 2004). An image is described by
+    log(1 + 256 * the share of its positions nearest to each word). Of training images
+    larger than 256 positions, as many random ones are looked at. The score is as that
+    of `Pooled`.
+
+    Attributes:
+        count: number of words; fewer if there are fewer features.
+    """
+
+    rules: ClassVar[Mapping[str, Rule]] = {"methods.words.count": at_least(2)}
+
+    count: int = 64
+
+    def scores(self, model: Any, batch: Batch) -> dict[str, Float[Array, " b"]]:
+        """Returns the score `words`: the Mahalanobis distance of the word counts."""
+        return {"words": _distance(model, _describe(model["words"], batch.features))}
+
+    def _row(
+        self, features: Float[Array, "b h w c"], key: jax.Array
+    ) -> Float[Array, "b p c"]:
+        flat = features.reshape(len(features), -1, features.shape[-1])
+        if flat.shape[1] <= POSITIONS:
+            return flat
+        chosen = jax.random.choice(key, flat.shape[1], (POSITIONS,), replace=False)
+        return flat[:, chosen]
+
+    def _fit(self, rows: Float[np.ndarray, "n p c"]) -> dict[str, np.ndarray]:
+        from sklearn.cluster import KMeans  # training steps do without scikit-learn
+
+        rng = np.random.default_rng(0)
+        patches = rng.permutation(rows.reshape(-1, rows.shape[-1]))[:PATCHES]
+        found = KMeans(min(self.count, len(patches)), n_init=1, random_state=0)
+        with warnings.catch_warnings():  # equal features make fewer words
+            warnings.simplefilter("ignore")
+            words = found.fit(patches).cluster_centers_.astype(np.float32)
+        counts = [jax.device_get(_describe(words, row[None, None]))[0] for row in rows]
+        return fit_gaussian(np.stack(counts)) | {"words": words}
 
 
-def _fit(x: Float[np.ndarray, "n c"]) -> dict[str, Float[np.ndarray, "..."]]:
-    """Returns the mean, and the factor F with |(x - mean) F| the Mahalanobis distance.
+METHODS = {"pooled": Pooled, "words": Words}
 
-    A single image, or images that are all the same, have no covariance: the identity
-    takes its place.
+
+def _describe(
+    words: Float[Array, "k c"], features: Float[Array, "b h w c"]
+) -> Float[Array, "b k"]:
+    """Returns the logarithms of the word counts of 256 positions."""
+    products = jnp.matmul(features, words.T, precision="highest")
+    nearest = (jnp.square(words).sum(-1) - 2 * products).argmin(-1)
+    share = jax.nn.one_hot(nearest, len(words)).mean((1, 2))
+    return jnp.log1p(POSITIONS * share)
+
+
+def _distance(model: Mapping[str, Array], x: Float[Array, "b c"]) -> Float[Array, " b"]:
+    """Returns Mahalanobis distances."""
+    white = jnp.matmul(x - model["mean"], model["factor"], precision="highest")
+    return jnp.sqrt(jnp.square(white).sum(-1))
+
+
+def fit_gaussian(x: Float[np.ndarray, "n c"]) -> dict[str, Float[np.ndarray, "..."]]:
+    """Fits a Gaussian in float64.
+
+    Returns:
+        `mean` [c], and `factor` [c, c] with |(x - mean) factor| the Mahalanobis
+        distance, float32. A single image, or images that are all the same, have no
+        covariance: the identity takes its place.
     """
     from sklearn.covariance import ledoit_wolf  # training steps do without scikit-learn
 
+    x = x.astype(np.float64)
     mean = x.mean(0)
     covariance = np.eye(x.shape[1])
     if np.ptp(x, axis=0).any():
@@ -93,4 +167,5 @@ def _fit(x: Float[np.ndarray, "n c"]) -> dict[str, Float[np.ndarray, "..."]]:
     variances, directions = np.linalg.eigh(covariance)
     # Rounding may leave a direction without variance.
     variances = np.maximum(variances, 1e-9 * variances.max())
-    return {"mean": mean, "factor": directions / np.sqrt(variances)}
+    model = {"mean": mean, "factor": directions / np.sqrt(variances)}
+    return {name: values.astype(np.float32) for name, values in model.items()}

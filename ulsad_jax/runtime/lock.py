@@ -61,7 +61,13 @@ def _take(path: Path) -> int | None:
         The file descriptor; None if the previous holder has removed the file or its
         folder since it was opened.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        # mkdir looks twice; another command may remove the folder in between.
+        if os.path.lexists(error.filename) and not os.path.isdir(error.filename):
+            raise
+        return None
     with contextlib.ExitStack() as stack:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

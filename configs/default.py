@@ -13,9 +13,10 @@ def get_config(category: str = "all") -> ConfigDict:
     # Seed of everything random in a run: initial weights, the order of the images, the
     # validation split, random trunks.
     config.seed = 0
-    # A built-in method ("ulsad", "padim", "pca", "pooled"), "module:attribute" of your
-    # own, or several joined with "+", such as "ulsad+pooled"; see docs/methods.md. The
-    # fields of methods other than ULSAD are in `methods`.
+    # A built-in method ("ulsad", "padim", "patchcore", "pca", "pooled"),
+    # "module:attribute" of your own, or several joined with "+", such as
+    # "ulsad+pooled"; see docs/methods.md. The fields of methods other than ULSAD are in
+    # `methods`.
     config.method = "ulsad"
     # (height, width) in pixels, multiples of 32 from 64 up. Images are resized to it
     # without keeping their aspect ratio.
@@ -116,6 +117,9 @@ def get_config(category: str = "all") -> ConfigDict:
     # PaDiM fits a Gaussian at every position to `channels` feature channels, chosen at
     # random. `epsilon` is added to their variances.
     methods.padim = ConfigDict({"channels": 100, "epsilon": 0.01})
+    # PatchCore keeps a `share` of the training patches, chosen in a random projection
+    # to so many `dimensions`. So many `neighbors` reweight its image score.
+    methods.patchcore = ConfigDict({"share": 0.1, "neighbors": 9, "dimensions": 128})
     # PCA of all features: the smallest principal subspace with more than this share of
     # the variance.
     methods.pca = ConfigDict({"variance": 0.97})

@@ -16,6 +16,7 @@ from tests import runs
 from tests.conftest import data  # noqa: F401
 from ulsad_jax.methods.base import Method, State
 from ulsad_jax.methods.padim import Padim
+from ulsad_jax.methods.patchcore import Patchcore
 from ulsad_jax.methods.pca import Pca
 from ulsad_jax.methods.ulsad.local import LocalReconstructor
 from ulsad_jax.methods.ulsad.method import make_optimizer
@@ -204,9 +205,9 @@ class Draws(Method):
         return state, {"distinct": distinct}
 
 
-@pytest.mark.parametrize("method", [Padim(channels=4), Pca()])
+@pytest.mark.parametrize("method", [Padim(channels=4), Pca(), Patchcore()])
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
-def test_sums_over_the_images_equal_those_of_one_device(backend, method):
+def test_models_of_images_equal_those_of_one_device(backend, method):
     """With a last batch that is filled up."""
     kept, key = make_kept(BATCH + 3), jax.random.key(0)
     spec = steps.make_spec(BATCH, (64, 64), runs.features(8, 8, 6), len(kept))

@@ -36,13 +36,13 @@ from ulsad_jax.trunks import weights as trunk_weights
 
 SIZE = {"train.batch_size": 5}
 PADIM = SIZE | {
-    "method": "padim+pca+pooled",
+    "method": "padim+patchcore+pca+pooled",
     "methods.padim.channels": 12,
     "score.fusion": "scores",
     "score.weights": {"pooled": 0.5},
     "score.top_share": 0.01,
 }
-NOTHING = {"patch": 0.0, "residual": 0.0, "pooled": 0.0}
+NOTHING = dict.fromkeys(("nearest", "patch", "patchcore", "pooled", "residual"), 0.0)
 OUTPUTS = ("score", "normalized_score", "is_anomalous", "anomaly_map", "mask_area")
 
 
@@ -173,11 +173,11 @@ def run(request):
 
 def names_of(run):
     ours = run.config.method == PADIM["method"]
-    return ["patch", "residual"] if ours else ["colour", "far"]
+    return ["nearest", "patch", "residual"] if ours else ["colour", "far"]
 
 
 def scores_of(run):
-    own = ["pooled"] * (run.config.method == PADIM["method"])
+    own = ["patchcore", "pooled"] * (run.config.method == PADIM["method"])
     return sorted(names_of(run) + own)
 
 
@@ -292,8 +292,8 @@ def test_levels_without_memory(leveled, data, tmp_path):
         ({"method": "pooled"}, "at least one map, found only scores"),
         ({"method": "padim+padim"}, "each of its branches once"),
         ({"method": "padim+tests.test_methods:Bright"}, "take the same features"),
-        ({"method": "padim+nothing"}, "one of padim, pca, pooled, ulsad"),
-        (PADIM | {"score.weights": {"patc": 1.0}}, "weights of patch, resid"),
+        ({"method": "padim+nothing"}, "one of padim, patchcore, pca"),
+        (PADIM | {"score.weights": {"patc": 1.0}}, "weights of nearest, patch, "),
         (PADIM | {"score.weights": {"patch": -1.0}}, "finite numbers from 0 up"),
         (PADIM | {"score.weights": NOTHING}, "not all of them"),
     ],
@@ -332,7 +332,7 @@ def test_finished_run_is_left_alone(run, tmp_path):
     ("fields", "message"),
     [
         ({"methods.padim.epsilon": 0.5}, r"config\.methods\.padim\.epsilon"),
-        ({"method": "ulsad"}, r"config\.method: the run has 'padim\+pca\+pooled'"),
+        ({"method": "ulsad"}, r"config\.method: the run has 'padim\+patchcore"),
     ],
     ids=str,
 )
@@ -513,7 +513,7 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "padm"}, "one of padim, pca, pooled, ulsad.*found 'padm'.*'padim'"),
+        ({"method": "padm"}, "one of padim, patchcore, pca.*found 'padm'.*'padim'"),
         ({"method": "tests.test_methods:Pixel"}, "importable.*mean 'Pixels'"),
         ({"method": "no_such_module:Method"}, "importable.*PYTHONPATH"),
         ({"method": "math:pi"}, r"made from .*Method, found 3\.14"),
@@ -522,6 +522,10 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
         ({"method": "padim", "methods.padim.channels": 0}, "channels to be an integer"),
         ({"method": "padim", "methods.padim.epsilon": 0.0}, "epsilon to be a finite"),
         ({"method": "pca", "methods.pca.variance": 1.0}, "variance to be a number"),
+        (
+            {"method": "patchcore", "methods.patchcore.share": 2.0},
+            "number above 0, and",
+        ),
         ({"method": "padim", "methods.padim": {"chanels": 3}}, "mean 'channels'"),
         ({"method": "tests.test_methods:Pixels", "methods.Pixels": {"x": 1}}, "'x'"),
     ],
@@ -541,6 +545,7 @@ def test_folder_says_which_method_it_is_of(padim):
     fields = json.loads((padim.workdir / "config.json").read_text())
     assert fields["methods"] == {
         "padim": {"channels": 12, "epsilon": 0.01},
+        "patchcore": {"dimensions": 128, "neighbors": 9, "share": 0.1},
         "pca": {"variance": 0.97},
     }
     assert re.search(

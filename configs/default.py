@@ -154,6 +154,12 @@ def _methods() -> ConfigDict:
     # PaDiM fits a Gaussian at every position to `channels` feature channels, chosen at
     # random. `epsilon` is added to their variances.
     methods.padim = ConfigDict({"channels": 100, "epsilon": 0.01})
+    # PatchCore keeps a `share` of the training patches, chosen in a random projection
+    # to so many `dimensions`. So many `neighbors` reweight its image score.
+    methods.patchcore = ConfigDict({"share": 0.1, "neighbors": 9, "dimensions": 128})
+    # PCA of all features: the smallest principal subspace with more than this share of
+    # the variance.
+    methods.pca = ConfigDict({"variance": 0.97})
     # Visual words that are counted.
     methods.words = ConfigDict({"count": 64})
     return methods

@@ -16,6 +16,8 @@ from tests import runs
 from tests.conftest import data  # noqa: F401
 from ulsad_jax.methods.base import Method, State
 from ulsad_jax.methods.padim import Padim
+from ulsad_jax.methods.patchcore import Patchcore
+from ulsad_jax.methods.pca import Pca
 from ulsad_jax.methods.ulsad.local import LocalReconstructor
 from ulsad_jax.methods.ulsad.method import make_optimizer
 from ulsad_jax.nn.convolution import MANY_IMAGES, convolve
@@ -203,23 +205,24 @@ class Draws(Method):
         return state, {"distinct": distinct}
 
 
+@pytest.mark.parametrize("method", [Padim(channels=4), Pca(), Patchcore()])
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
-def test_sums_over_the_images_equal_those_of_one_device(backend):
-    """PaDiM's, with a last batch that is filled up."""
-    kept, method, key = make_kept(BATCH + 3), Padim(channels=4), jax.random.key(0)
-    spec, found = steps.make_spec(BATCH, (64, 64), runs.features(8, 8, 6)), []
+def test_models_of_images_equal_those_of_one_device(backend, method):
+    """With a last batch that is filled up."""
+    kept, key = make_kept(BATCH + 3), jax.random.key(0)
+    spec = steps.make_spec(BATCH, (64, 64), runs.features(8, 8, 6), len(kept))
+    batch = sources.load(kept, np.arange(3), 3, parallel.find_devices(1))
+    found = []
     for count, way in ((1, "jit"), (8, backend)):
         devices = parallel.find_devices(count)
         state = devices.replicate(steps.make_init(method, spec)(key))
         step = steps.make_train_step(method, devices, way)
         for rows, own in ((np.arange(BATCH), BATCH), (np.arange(BATCH) % 3 + 8, 3)):
             state, _ = step(state, sources.load(kept, rows, own, devices), key)
-        found.append(jax.device_get(method.finish(state)))
-    assert found[1].training["count"] == len(kept)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        *(state.model for state in found),
-    )
+        model = jax.device_get(method.finish(state).model)
+        found.append(method.maps(model, batch) | method.scores(model, batch))
+    for name, expected in found[0].items():
+        np.testing.assert_allclose(found[1][name], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

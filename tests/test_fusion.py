@@ -84,7 +84,7 @@ def fit(x, batch=4):
     """Trains on mean features x, in batches of which the last one is filled up."""
     shape = Batch(np.zeros((batch, 8, 8, 3)), np.zeros((batch, 2, 3, x.shape[1])), None)
     method = Pooled()
-    state = method.init(None, Spec(shape, len(x)))
+    state = method.init(jax.random.key(0), Spec(shape, len(x)))
     for start in range(0, len(x), batch):
         rows = np.arange(start, start + batch) % len(x)
         valid = np.arange(start, start + batch) < len(x)

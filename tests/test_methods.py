@@ -36,12 +36,13 @@ from ulsad_jax.trunks import weights as trunk_weights
 
 SIZE = {"train.batch_size": 5}
 PADIM = SIZE | {
-    "method": "padim+pooled",
+    "method": "padim+patchcore+pca+pooled",
     "methods.padim.channels": 12,
     "score.fusion": "scores",
     "score.weights": {"pooled": 0.5},
     "score.top_share": 0.01,
 }
+NOTHING = dict.fromkeys(("nearest", "patch", "patchcore", "pooled", "residual"), 0.0)
 OUTPUTS = ("score", "normalized_score", "is_anomalous", "anomaly_map", "mask_area")
 
 
@@ -171,11 +172,13 @@ def run(request):
 
 
 def names_of(run):
-    return {PADIM["method"]: ["patch"]}.get(run.config.method, ["colour", "far"])
+    ours = run.config.method == PADIM["method"]
+    return ["nearest", "patch", "residual"] if ours else ["colour", "far"]
 
 
 def scores_of(run):
-    return names_of(run) + ["pooled"] * (run.config.method == PADIM["method"])
+    own = ["patchcore", "pooled"] * (run.config.method == PADIM["method"])
+    return sorted(names_of(run) + own)
 
 
 def test_what_a_run_leaves(run):
@@ -290,9 +293,9 @@ def test_levels_without_memory(leveled, data, tmp_path):
         ({"method": "padim+padim"}, "each of its branches once"),
         ({"method": "padim+tests.test_methods:Bright"}, "take the same features"),
         ({"method": "padim+nothing"}, "one of .*padim, "),
-        (PADIM | {"score.weights": {"patc": 1.0}}, "weights of patch, pooled"),
+        (PADIM | {"score.weights": {"patc": 1.0}}, "weights of nearest, patch, "),
         (PADIM | {"score.weights": {"patch": -1.0}}, "finite numbers from 0 up"),
-        (PADIM | {"score.weights": {"patch": 0.0, "pooled": 0.0}}, "not all of them"),
+        (PADIM | {"score.weights": NOTHING}, "not all of them"),
     ],
     ids=str,
 )
@@ -329,7 +332,7 @@ def test_finished_run_is_left_alone(run, tmp_path):
     ("fields", "message"),
     [
         ({"methods.padim.epsilon": 0.5}, r"config\.methods\.padim\.epsilon"),
-        ({"method": "ulsad"}, r"config\.method: the run has 'padim\+pooled'"),
+        ({"method": "ulsad"}, r"config\.method: the run has 'padim\+patchcore"),
     ],
     ids=str,
 )
@@ -518,6 +521,11 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
         ({"method": ""}, "config.method to be some text"),
         ({"method": "padim", "methods.padim.channels": 0}, "channels to be an integer"),
         ({"method": "padim", "methods.padim.epsilon": 0.0}, "epsilon to be a finite"),
+        ({"method": "pca", "methods.pca.variance": 1.0}, "variance to be a number"),
+        (
+            {"method": "patchcore", "methods.patchcore.share": 2.0},
+            "number above 0, and",
+        ),
         ({"method": "padim", "methods.padim": {"chanels": 3}}, "mean 'channels'"),
         ({"method": "tests.test_methods:Pixels", "methods.Pixels": {"x": 1}}, "'x'"),
     ],
@@ -535,7 +543,11 @@ def test_nothing_is_written_for_a_wrong_method(data, tmp_path, fields, message):
 
 def test_folder_says_which_method_it_is_of(padim):
     fields = json.loads((padim.workdir / "config.json").read_text())
-    assert fields["methods"] == {"padim": {"channels": 12, "epsilon": 0.01}}
+    assert fields["methods"] == {
+        "padim": {"channels": 12, "epsilon": 0.01},
+        "patchcore": {"dimensions": 128, "neighbors": 9, "share": 0.1},
+        "pca": {"variance": 0.97},
+    }
     assert re.search(
         r"<span>method</span> padim", (padim.workdir / "report.html").read_text()
     )

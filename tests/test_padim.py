@@ -27,9 +27,9 @@ def make_kept(count, seed=0):
     return sources.Kept(images, features.astype(np.float32))
 
 
-def fit(kept, seed=0, **fields):
-    """The finished state, and the method."""
-    method, key = Padim(**fields), jax.random.key(seed)
+def fit(kept, seed=0, method=None, **fields):
+    """The finished state, and the method; PaDiM with these fields by default."""
+    method, key = method or Padim(**fields), jax.random.key(seed)
     devices, count = devices_lib.find_devices(1), len(kept)
     spec = steps.make_spec(BATCH, SIZE, runs.features(*GRID), count)
     state = devices.replicate(steps.make_init(method, spec)(key))

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ulsad_jax.methods.base import Batch, Method, Spec, State
+from ulsad_jax.methods.base import Batch, State
+from ulsad_jax.methods.rows import Rows, read_seen
 from ulsad_jax.runtime.rules import Rule, at_least
 
 if TYPE_CHECKING:
@@ -26,44 +27,16 @@ PATCHES = 10_000  # largest number of features that k-means groups
 
 
 @dataclasses.dataclass(frozen=True)
-class Pooled(Method):
+class Pooled(Rows):
     """One Gaussian of the features' mean over all positions; it has no map.
 
     The score is the Mahalanobis distance. The covariance is that of Ledoit & Wolf, "A
     Well-Conditioned Estimator for Large-Dimensional Covariance Matrices", 2004.
     """
 
-    num_epochs: ClassVar[int | None] = 1
-    sees_every_image: ClassVar[bool] = True
-
-    def init(self, key: jax.Array, spec: Spec) -> State:
-        """Reserves a row for each training image."""
-        row = jax.eval_shape(self._row, spec.batch.features, key)
-        rows = {
-            "rows": jnp.zeros((spec.num_images, *row.shape[1:])),
-            "seen": jnp.zeros(spec.num_images, bool),
-        }
-        return State(jnp.zeros((), jnp.int32), {}, rows)
-
-    def update(
-        self, state: State, batch: Batch, key: jax.Array
-    ) -> tuple[State, dict[str, Float[Array, ""]]]:
-        """Writes what `finish` needs of each image to its row."""
-        new = self._row(batch.features, key), batch.index, batch.valid
-        if self.axis_name is not None:
-            new = jax.lax.all_gather(new, self.axis_name, tiled=True)
-        values, index, valid = new
-        rows = jnp.where(valid, index, len(state.training["seen"]))  # padding: no row
-        training = {
-            "rows": state.training["rows"].at[rows].set(values, mode="drop"),
-            "seen": state.training["seen"].at[rows].set(True, mode="drop"),
-        }
-        return State(state.step + 1, state.model, training), {}
-
     def finish(self, state: State) -> State:
         """Fits the model to the images that were seen."""
-        rows = jax.device_get(state.training)
-        return state.replace(model=self._fit(rows["rows"][rows["seen"]]))
+        return state.replace(model=self._fit(np.asarray(read_seen(state)), state))
 
     def maps(self, model: Any, batch: Batch) -> dict[str, Float[Array, "b h w"]]:
         """Returns no map."""
@@ -74,15 +47,16 @@ class Pooled(Method):
         """Returns the score `pooled`: the mean feature's Mahalanobis distance."""
         return {"pooled": _distance(model, batch.features.mean((1, 2)))}
 
-    def _row(
+    def describe(
         self, features: Float[Array, "b h w c"], key: jax.Array
     ) -> Float[Array, "b ..."]:
-        """Returns what `_fit` needs of each image."""
+        """Returns the mean feature of each image."""
         del key
         return features.mean((1, 2))
 
-    def _fit(self, rows: Float[np.ndarray, "n ..."]) -> dict[str, np.ndarray]:
+    def _fit(self, rows: Float[np.ndarray, "n ..."], state: State) -> dict[str, Any]:
         """Returns the model."""
+        del state
         return fit_gaussian(rows)
 
 
@@ -108,21 +82,23 @@ class Words(Pooled):
         """Returns the score `words`: the Mahalanobis distance of the word counts."""
         return {"words": _distance(model, _describe(model["words"], batch.features))}
 
-    def _row(
+    def describe(
         self, features: Float[Array, "b h w c"], key: jax.Array
     ) -> Float[Array, "b p c"]:
+        """Returns the features of all positions, or of random ones."""
         flat = features.reshape(len(features), -1, features.shape[-1])
         if flat.shape[1] <= POSITIONS:
             return flat
         chosen = jax.random.choice(key, flat.shape[1], (POSITIONS,), replace=False)
         return flat[:, chosen]
 
-    def _fit(self, rows: Float[np.ndarray, "n p c"]) -> dict[str, np.ndarray]:
+    def _fit(self, rows: Float[np.ndarray, "n p c"], state: State) -> dict[str, Any]:
         from sklearn.cluster import KMeans  # training steps do without scikit-learn
 
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(np.asarray(state.training["key"]))
         patches = rng.permutation(rows.reshape(-1, rows.shape[-1]))[:PATCHES]
-        found = KMeans(min(self.count, len(patches)), n_init=1, random_state=0)
+        seed = int(rng.integers(2**31))
+        found = KMeans(min(self.count, len(patches)), n_init=1, random_state=seed)
         with warnings.catch_warnings():  # equal features make fewer words
             warnings.simplefilter("ignore")
             words = found.fit(patches).cluster_centers_.astype(np.float32)

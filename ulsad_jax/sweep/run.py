@@ -204,7 +204,8 @@ def _train_program(
     # Group members of equal length, and those that share features.
     left.sort(key=lambda job: (fitting.count_steps(job.run), str(job.source)))
     made, config = left[0].run.setup, left[0].member.config
-    size = made.method.estimate_bytes(made.spec(config.train.batch_size))
+    count = max(len(job.run.data.train) for job in left)
+    size = made.method.estimate_bytes(made.spec(config.train.batch_size, count))
     waves = memory.cut_waves(
         left,
         item_bytes=size,

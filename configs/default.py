@@ -116,6 +116,9 @@ def get_config(category: str = "all") -> ConfigDict:
     # PaDiM fits a Gaussian at every position to `channels` feature channels, chosen at
     # random. `epsilon` is added to their variances.
     methods.padim = ConfigDict({"channels": 100, "epsilon": 0.01})
+    # DFR's code has `latent` channels, or with 0 as many as there are principal
+    # components with the share `variance` of the variance. `learning_rate` is Adam's.
+    methods.dfr = ConfigDict({"latent": 0, "variance": 0.9, "learning_rate": 1e-4})
 
     # Adam, with L2 decay (`weight_decay`) added to the gradient.
     config.optimizer = optimizer = ConfigDict()

@@ -119,6 +119,8 @@ def get_config(category: str = "all") -> ConfigDict:
     # DFR's code has `latent` channels, or with 0 as many as there are principal
     # components with the share `variance` of the variance. `learning_rate` is Adam's.
     methods.dfr = ConfigDict({"latent": 0, "variance": 0.9, "learning_rate": 1e-4})
+    # Adam of reverse distillation.
+    methods.rd = ConfigDict({"learning_rate": 0.005, "b1": 0.5, "b2": 0.999})
 
     # Adam, with L2 decay (`weight_decay`) added to the gradient.
     config.optimizer = optimizer = ConfigDict()

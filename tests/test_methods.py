@@ -304,7 +304,7 @@ def test_levels_without_memory(leveled, data, tmp_path):
         ({"method": "pooled"}, "at least one map, found only scores"),
         ({"method": "padim+padim"}, "each of its branches once"),
         ({"method": "padim+tests.test_methods:Bright"}, "take the same features"),
-        ({"method": "padim+nothing"}, "one of dfr, padim, pooled, ulsad"),
+        ({"method": "padim+nothing"}, "one of dfr, padim, pooled, rd, ulsad"),
         (PADIM | {"score.weights": {"patc": 1.0}}, "weights of patch, pooled"),
         (PADIM | {"score.weights": {"patch": -1.0}}, "finite numbers from 0 up"),
         (PADIM | {"score.weights": {"patch": 0.0, "pooled": 0.0}}, "not all of them"),
@@ -539,12 +539,13 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "padm"}, "one of dfr, padim, pooled, ulsad.*found 'padm'.*'padim'"),
+        ({"method": "padm"}, "one of dfr, padim, pooled, rd, .*found 'padm'.*'padim'"),
         ({"method": "tests.test_methods:Pixel"}, "importable.*mean 'Pixels'"),
         ({"method": "no_such_module:Method"}, "importable.*PYTHONPATH"),
         ({"method": "math:pi"}, r"made from .*Method, found 3\.14"),
         ({"method": "json:JSONDecoder"}, "made from .*Method, found <class"),
         ({"method": ""}, "config.method to be some text"),
+        ({"method": "rd", "trunk.layers": "layer1+layer3"}, "layer1 of 16 x 16"),
         ({"method": "padim", "methods.padim.channels": 0}, "channels to be an integer"),
         ({"method": "padim", "methods.padim.epsilon": 0.0}, "epsilon to be a finite"),
         ({"method": "padim", "methods.padim": {"chanels": 3}}, "mean 'channels'"),

@@ -144,13 +144,15 @@ class ConvTranspose(nn.Module):
     """A 2-D transposed convolution (PyTorch's `ConvTranspose2d`).
 
     The output has (n - 1) * stride - 2 * padding + kernel_size rows and columns for n
-    input rows and columns. The kernel is square, and a bias is always added.
+    input rows and columns. The kernel is square.
 
     Attributes:
         features: number of output channels.
         kernel_size: height and width of the kernel.
         stride: stride on both axes.
         padding: number of rows and columns cut from each side of the output.
+        use_bias: True to add a bias, initialised with PyTorch's default.
+        kernel_init: initialiser of the kernel.
         dtype: type of the computation; parameters are float32.
     """
 
@@ -158,6 +160,8 @@ class ConvTranspose(nn.Module):
     kernel_size: int
     stride: int
     padding: int
+    use_bias: bool = True
+    kernel_init: Initializer = xavier_uniform
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -166,7 +170,7 @@ class ConvTranspose(nn.Module):
         k = self.kernel_size
         # Named differently, because PyTorch stores these kernels in another order.
         kernel = self.param(
-            "transposed_kernel", xavier_uniform, (k, k, x.shape[-1], self.features)
+            "transposed_kernel", self.kernel_init, (k, k, x.shape[-1], self.features)
         )
         y = convolve_transposed(
             x.astype(self.dtype),
@@ -174,8 +178,10 @@ class ConvTranspose(nn.Module):
             stride=self.stride,
             padding=self.padding,
         )
-        # PyTorch takes the fan-in from the second axis of its (in, out, kh, kw).
-        return y + _bias(self, self.features * k * k).astype(self.dtype)
+        if self.use_bias:
+            # PyTorch takes the fan-in from the second axis of its (in, out, kh, kw).
+            y = y + _bias(self, self.features * k * k).astype(self.dtype)
+        return y
 
 
 def _bias(layer: Conv | ConvTranspose, fan_in: int) -> Float[Array, " features"]:

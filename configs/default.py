@@ -112,7 +112,7 @@ def _trunk() -> ConfigDict:
     trunk.repository = "timm/wide_resnet50_2.racm_in1k"
     # A .safetensors file, or a .pth file where PyTorch is installed.
     trunk.path = ""
-    # Outputs of the trunk to use as features, joined with "+"; a ResNet has layer2 and
+    # Outputs of the trunk to use as features, joined with "+"; a ResNet has layer1 to
     # layer3, an EfficientNet-Lite stage1 to stage5, a ViT block1 to block12. "auto" is
     # the architecture's default: both for ResNets, as published.
     trunk.layers = "auto"
@@ -160,6 +160,11 @@ def _methods() -> ConfigDict:
     # PCA of all features: the smallest principal subspace with more than this share of
     # the variance.
     methods.pca = ConfigDict({"variance": 0.97})
+    # DFR's code has `latent` channels, or with 0 as many as there are principal
+    # components with the share `variance` of the variance. `learning_rate` is Adam's.
+    methods.dfr = ConfigDict({"latent": 0, "variance": 0.9, "learning_rate": 1e-4})
+    # Adam of reverse distillation.
+    methods.rd = ConfigDict({"learning_rate": 0.005, "b1": 0.5, "b2": 0.999})
     # Visual words that are counted.
     methods.words = ConfigDict({"count": 64})
     return methods

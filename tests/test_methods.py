@@ -116,6 +116,20 @@ class Drift(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapted(Drift):
+    """The same with an array whose size depends on the images."""
+
+    size: int = 0
+
+    def adapt(self, batch):
+        return dataclasses.replace(self, size=1 + int(batch.image.sum()) % 97)
+
+    def init(self, key, spec):
+        state = super().init(key, spec)
+        return state.replace(training={"zeros": jnp.zeros(self.size)})
+
+
+@dataclasses.dataclass(frozen=True)
 class Bright(Method):
     """The distance of each level's mean to that of the first pass, as a score."""
 
@@ -225,8 +239,9 @@ def test_stopped_within_the_pass_and_resumed(run, tmp_path, monkeypatch):
 
 
 LEVELED = {
-    "method": "tests.test_methods:Drift+tests.test_methods:Bright",
+    "method": "dfr+tests.test_methods:Bright",
     "score.fusion": "scores",
+    "trunk.layers": "layer2+layer3",
     "train.num_epochs": 0,
     "train.num_updates": 7,  # three epochs of three
     "train.checkpoint_every": 1,
@@ -242,7 +257,7 @@ def leveled(data, tmp_path_factory):
 def test_branches_on_levels(leveled):
     (*_, epoch) = runs.read_metrics(leveled.workdir)
     assert epoch["step"] == 9 and epoch["validation/total"] > 0
-    names = {"colour_score", "layer2_score", "layer3_score", "normalized_score"}
+    names = {"regions_score", "layer2_score", "layer3_score", "normalized_score"}
     (row, *_) = runs.read_scores(leveled.workdir)
     assert names == {name for name in row if name.endswith("_score")}
     model = saved.load_run(leveled.workdir).weights.model
@@ -449,6 +464,7 @@ def test_sweep_over_methods(data, tmp_path):
         "ulsad": {"train": {"num_epochs": 1}},
         "padim": {"method": "padim"},
         "few": {"method": "padim", "methods": {"padim": {"channels": 3}}},
+        "dfr": {"method": "dfr", "train": {"num_epochs": 1}},
         "own": {"method": "tests.test_methods:Pixels"},
         "drift": {"method": "tests.test_methods:Drift"},
     }
@@ -485,6 +501,19 @@ def test_numbers_of_one_s_own_are_traced(data, tmp_path, backend):
             assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_members_of_a_sweep_that_differ_in_their_shapes(data, tmp_path):
+    fields = {"method": "tests.test_methods:Adapted", "train.num_epochs": 1}
+    config = make_sweep(data, fields, {"seed": (0, 1)})
+    config.sweep.backend = "vmap"
+    sweep.train(config, tmp_path)
+    sizes = set()
+    for seed in (0, 1):
+        folder = tmp_path / "members" / f"bottle-seed_{seed}"
+        sizes.add(runs.read_checkpoint(folder)["optimizer"]["state"]["zeros"].size)
+        assert runs.read_scores(folder)
+    assert len(sizes) == 2
+
+
 def test_padim_is_the_mahalanobis_distance_of_every_position():
     """As NumPy has it, whatever the batches are, and rows that fill up are ignored."""
     count, batch, shape = 10, 4, (3, 2, 5)
@@ -519,6 +548,7 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
         ({"method": "math:pi"}, r"made from .*Method, found 3\.14"),
         ({"method": "json:JSONDecoder"}, "made from .*Method, found <class"),
         ({"method": ""}, "config.method to be some text"),
+        ({"method": "rd", "trunk.layers": "layer1+layer3"}, "layer1 of 16 x 16"),
         ({"method": "padim", "methods.padim.channels": 0}, "channels to be an integer"),
         ({"method": "padim", "methods.padim.epsilon": 0.0}, "epsilon to be a finite"),
         ({"method": "pca", "methods.pca.variance": 1.0}, "variance to be a number"),

@@ -78,6 +78,7 @@ def test_trunk_shapes(architecture):
     _, outputs = shapes(module, spec(2, 64, 96, 3))
     expansion = 4 if module.bottleneck else 1
     assert {name: output.shape for name, output in outputs.items()} == {
+        "layer1": (2, 16, 24, 64 * expansion),
         "layer2": (2, 8, 12, 128 * expansion),
         "layer3": (2, 4, 6, 256 * expansion),
     }

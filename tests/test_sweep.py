@@ -20,7 +20,7 @@ from configs import ablation
 from configs import sweep as sweep_config
 from tests import runs
 from ulsad_jax.methods.base import Batch, count_bytes
-from ulsad_jax.methods.ulsad.method import COPIES
+from ulsad_jax.methods.descent import COPIES
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import setup, steps
 from ulsad_jax.runtime.devices import find_devices

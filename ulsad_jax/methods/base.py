@@ -128,6 +128,18 @@ class Method:
         del spec
         return ""
 
+    def adapt(self, batch: Batch) -> Method:
+        """Returns the method with hyperparameters that depend on the training images.
+
+        It is called before `init`, in every command that trains. `maps`, `scores` and
+        `losses` are also called on the method as it was before.
+
+        Args:
+            batch: the first training images in order, in host memory.
+        """
+        del batch
+        return self
+
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial state; it may be jitted.
 

@@ -55,6 +55,11 @@ class Branches(Method):
         warnings = (method.check(spec) for _, method in self._methods())
         return "\n".join(filter(None, warnings))
 
+    def adapt(self, batch: Batch) -> Branches:
+        """Adapts every branch to the training images."""
+        branches = tuple((name, method.adapt(batch)) for name, method in self.branches)
+        return dataclasses.replace(self, branches=branches)
+
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Returns the initial states, with the number of updates of each branch."""
         states = {name: m.init(key, spec) for name, m in self._methods()}

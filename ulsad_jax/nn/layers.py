@@ -55,7 +55,9 @@ def normalize_image(
     return (image.astype(jnp.float32) - mean) / jnp.asarray(IMAGENET_STD, jnp.float32)
 
 
-def resize_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "n_out n_in"]:
+def resize_matrix(
+    n_in: int, n_out: int, *, aligned: bool = False
+) -> Float[np.ndarray, "n_out n_in"]:
     """Returns the matrix of bilinear resampling along one axis, in float64.
 
     Sampling points are half-pixel centres, clamped at the edges, without antialiasing.
@@ -64,9 +66,13 @@ def resize_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "n_out n_in"]:
     Args:
         n_in: size of the input.
         n_out: size of the output.
+        aligned: True to sample from the first to the last centre of the input, as with
+            `align_corners=True`.
     """
     position = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
     position = np.clip(position, 0, n_in - 1)
+    if aligned:
+        position = np.linspace(0, n_in - 1, n_out)
     low = np.floor(position).astype(int)
     high = np.minimum(low + 1, n_in - 1)
     matrix = np.zeros((n_out, n_in))
@@ -77,17 +83,24 @@ def resize_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "n_out n_in"]:
 
 
 def resize(
-    x: Float[Array, "b h w c"], size: tuple[int, int]
+    x: Float[Array, "b h w c"], size: tuple[int, int], *, aligned: bool = False
 ) -> Float[Array, "b height width c"]:
     """Resizes to (height, width) bilinearly; see `resize_matrix`."""
     for axis, n_out in zip((1, 2), size, strict=True):
         n_in = x.shape[axis]
         if n_in != n_out:
-            matrix = jnp.asarray(resize_matrix(n_in, n_out), x.dtype)
-            x = jnp.moveaxis(
-                jnp.tensordot(matrix, x, (1, axis), precision="highest"), 0, axis
-            )
+            x = multiply(resize_matrix(n_in, n_out, aligned=aligned), x, axis)
     return x
+
+
+def multiply(
+    matrix: Float[np.ndarray, "n_out n_in"], x: Float[Array, "..."], axis: int
+) -> Float[Array, "..."]:
+    """Multiplies the vectors along an axis by a matrix."""
+    product = jnp.tensordot(
+        jnp.asarray(matrix, x.dtype), x, (1, axis), precision="highest"
+    )
+    return jnp.moveaxis(product, 0, axis)
 
 
 class Conv(nn.Module):
@@ -131,13 +144,15 @@ class ConvTranspose(nn.Module):
     """A 2-D transposed convolution (PyTorch's `ConvTranspose2d`).
 
     The output has (n - 1) * stride - 2 * padding + kernel_size rows and columns for n
-    input rows and columns. The kernel is square, and a bias is always added.
+    input rows and columns. The kernel is square.
 
     Attributes:
         features: number of output channels.
         kernel_size: height and width of the kernel.
         stride: stride on both axes.
         padding: number of rows and columns cut from each side of the output.
+        use_bias: True to add a bias, initialised with PyTorch's default.
+        kernel_init: initialiser of the kernel.
         dtype: type of the computation; parameters are float32.
     """
 
@@ -145,6 +160,8 @@ class ConvTranspose(nn.Module):
     kernel_size: int
     stride: int
     padding: int
+    use_bias: bool = True
+    kernel_init: Initializer = xavier_uniform
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -153,7 +170,7 @@ class ConvTranspose(nn.Module):
         k = self.kernel_size
         # Named differently, because PyTorch stores these kernels in another order.
         kernel = self.param(
-            "transposed_kernel", xavier_uniform, (k, k, x.shape[-1], self.features)
+            "transposed_kernel", self.kernel_init, (k, k, x.shape[-1], self.features)
         )
         y = convolve_transposed(
             x.astype(self.dtype),
@@ -161,8 +178,10 @@ class ConvTranspose(nn.Module):
             stride=self.stride,
             padding=self.padding,
         )
-        # PyTorch takes the fan-in from the second axis of its (in, out, kh, kw).
-        return y + _bias(self, self.features * k * k).astype(self.dtype)
+        if self.use_bias:
+            # PyTorch takes the fan-in from the second axis of its (in, out, kh, kw).
+            y = y + _bias(self, self.features * k * k).astype(self.dtype)
+        return y
 
 
 def _bias(layer: Conv | ConvTranspose, fan_in: int) -> Float[Array, " features"]:

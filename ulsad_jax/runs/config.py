@@ -228,10 +228,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
     "auto".
     """
     resolved = config.copy_and_resolve_references()
-    layers, whiten = trunks.resolve(config.trunk)
+    method = methods.find(resolved.method)
+    levels = method.takes == methods.LEVELS
+    layers, whiten = trunks.resolve(config.trunk, levels=levels)
     resolved.trunk.layers = layers
     resolved.trunk.whiten = "always" if whiten else "never"
-    method = methods.find(resolved.method)
     if method.num_epochs is not None:
         resolved.train.num_epochs = method.num_epochs
         resolved.train.num_updates = 0

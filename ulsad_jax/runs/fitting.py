@@ -13,7 +13,7 @@ from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runs import loop, saved, steps, testing, validation
 from ulsad_jax.runs.category import CategoryRun
-from ulsad_jax.runtime import stages
+from ulsad_jax.runtime import hosts, stages
 from ulsad_jax.runtime.devices import host_bytes
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.runtime.writer import Silence, Writer, open_writer
@@ -126,8 +126,11 @@ def make_trainer(
         writer: writer of the metrics.
         numbers: scalar arrays by config field, see `Method.trace`.
     """
-    config = run.config
+    config, train = run.config, normals.train
     run.keep_data()
+    size = config.train.batch_size
+    rows, count = np.resize(np.arange(len(train)), size), min(len(train), size)
+    first = hosts.gather(sources.load(train, rows, count, run.devices))
     validate = validation.make_validate(
         run.setup.method,
         normals.validation,
@@ -141,10 +144,10 @@ def make_trainer(
     return kind(
         config,
         run.name,
-        method=run.setup.method,
+        method=run.setup.method.adapt(first),
         devices=run.devices,
         normals=normals,
-        spec=run.setup.spec(config.train.batch_size, len(normals.train)),
+        spec=run.setup.spec(size, len(train)),
         validate=validate,
         store=store,
         writer=writer,

@@ -191,7 +191,7 @@ def load_run(
 
 
 def _model_shapes(made: setup.Setup, batch_size: int) -> Any:
-    """Returns the shapes of `model_item`; None if `Method.finish` is overridden."""
+    """Returns the shapes of `model_item`; None if the method may change them."""
     method, spec = made.method, made.spec(batch_size)
     if not steps.keeps_shapes(method):
         return None

@@ -202,8 +202,12 @@ def model_item(model: Any, statistics: ChannelStatistics | None) -> dict[str, An
 
 
 def keeps_shapes(method: Method) -> bool:
-    """Returns whether saved models have the shapes of initial ones: no own `finish`."""
-    return type(method).finish is Method.finish
+    """Returns whether saved models have the shapes of initial ones.
+
+    They may not where a method has an `adapt` or a `finish` of its own.
+    """
+    kind = type(method)
+    return kind.finish is Method.finish and kind.adapt is Method.adapt
 
 
 def read_model_item(

@@ -85,7 +85,7 @@ class Writer:
         )
         parts = [f"epoch {epoch}/{num_epochs}:"]
         if "loss/total" in record:
-            parts.append(f"loss {record['loss/total']:.4f} ({terms}),")
+            parts.append(f"loss {record['loss/total']:.4f}{terms and f' ({terms})'},")
         if "validation/total" in record:
             parts.append(f"validation {record['validation/total']:.4f},")
         if "test/image_auroc" in record:

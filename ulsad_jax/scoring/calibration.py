@@ -77,14 +77,19 @@ class Calibration:
 
 
 def enlarge_and_blur(
-    maps: Float[Array, "b h w"], size: tuple[int, int]
+    maps: Float[Array, "b h w"], size: tuple[int, int], *, aligned: bool = False
 ) -> Float[Array, "b height width"]:
     """Resizes maps bilinearly, then blurs (Gaussian, sigma 4, 33 x 33, reflected).
 
     Both are linear and act on each axis separately, so one matrix per axis does both.
+
+    Args:
+        maps: maps to enlarge.
+        size: (height, width) in pixels.
+        aligned: see `nn.layers.resize_matrix`.
     """
-    rows = _enlarge_and_blur_matrix(maps.shape[1], size[0])
-    columns = _enlarge_and_blur_matrix(maps.shape[2], size[1])
+    rows = _enlarge_and_blur_matrix(maps.shape[1], size[0], aligned)
+    columns = _enlarge_and_blur_matrix(maps.shape[2], size[1], aligned)
     return jnp.einsum(
         "Hh,bhw,Ww->bHW", rows, maps, columns, precision="highest", optimize="optimal"
     )
@@ -184,7 +189,9 @@ def quantiles_without(
 
 
 @functools.lru_cache
-def _enlarge_and_blur_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "n_out n_in"]:
+def _enlarge_and_blur_matrix(
+    n_in: int, n_out: int, aligned: bool
+) -> Float[np.ndarray, "n_out n_in"]:
     offsets = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
     kernel = np.exp(-0.5 * (offsets / BLUR_SIGMA) ** 2)
     kernel /= kernel.sum()
@@ -193,4 +200,4 @@ def _enlarge_and_blur_matrix(n_in: int, n_out: int) -> Float[np.ndarray, "n_out 
     blur = np.zeros((n_out, n_out))
     for row in range(n_out):
         np.add.at(blur[row], source[row : row + kernel.size], kernel)
-    return (blur @ resize_matrix(n_in, n_out)).astype(np.float32)
+    return (blur @ resize_matrix(n_in, n_out, aligned=aligned)).astype(np.float32)

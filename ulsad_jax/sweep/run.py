@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from ulsad_jax.data.batches import Category
-from ulsad_jax.methods.base import Method, Spec
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import data, fitting, setup, testing
 from ulsad_jax.runs import folder as files_of
@@ -104,13 +104,8 @@ def _train(config: ConfigDict, workdir: Path) -> str:
     files.replace(workdir / files_of.SWEEP, config.to_json_best_effort(indent=2) + "\n")
     jobs = _open(members, workdir)
     programs: dict[Hashable, list[Job]] = {}
-    shapes: dict[Hashable, str] = {}  # tracing takes time: once for equal members
     for job in jobs:
-        run, program = job.run, grid.program(job.member, traced)
-        spec = run.setup.spec(run.config.train.batch_size, len(run.data.train))
-        if (program, spec) not in shapes:
-            shapes[program, spec] = _describe_shapes(run.setup.method, spec)
-        programs.setdefault((program, shapes[program, spec]), []).append(job)
+        programs.setdefault(grid.program(job.member, traced), []).append(job)
     for same in programs.values():
         budget = memory.find_budget(config.sweep)
         _train_program(same, traced, budget, config.sweep.backend)
@@ -124,12 +119,6 @@ def _train(config: ConfigDict, workdir: Path) -> str:
             "the values in config.sweep, and give another --workdir."
         )
     return told
-
-
-def _describe_shapes(method: Method, spec: Spec) -> str:
-    """Returns the shapes of a member's batches and states, which `vmap` stacks."""
-    key = jax.random.key(0)
-    return str((spec.batch, jax.eval_shape(lambda key: method.init(key, spec), key)))
 
 
 def _check_workdir(workdir: Path) -> None:
@@ -250,10 +239,10 @@ def _train_wave(
     make_program: Callable[..., wave.AtOnce | wave.InTurn],
     shared: Mapping[Hashable, Source],
 ) -> None:
-    members, states = [], []
+    members, states = [], {}
     numbers = [wave.take_numbers(job.member.config, traced) for job in jobs]
     with contextlib.ExitStack() as stack:
-        for job, own in zip(jobs, numbers, strict=True):
+        for i, (job, own) in enumerate(zip(jobs, numbers, strict=True)):
             stack.enter_context(lock.hold(job.folder))  # against a concurrent eval.py
             writer, store = stack.enter_context(fitting.open_files(job.run))
             normals = shared[job.source[0]].part(
@@ -263,10 +252,19 @@ def _train_wave(
                 job.run, wave.MemberTrainer, normals, store, writer, own
             )
             members.append(member)
-            states.append(member.begin())
-        program = make_program(states, numbers, [member.key for member in members])
-        del states
-        wave.train(members, program)
+            states[i] = member.begin()
+        same: dict[str, list[int]] = {}  # those that `vmap` can stack
+        for i, job in enumerate(jobs):
+            shapes = jax.tree.map(np.shape, states[i]), job.run.setup.features
+            same.setdefault(str(shapes), []).append(i)
+        for rows in same.values():
+            own = [members[i] for i in rows]
+            program = make_program(
+                [states.pop(i) for i in rows],  # which frees their memory
+                [numbers[i] for i in rows],
+                [member.key for member in own],
+            )
+            wave.train(own, program)
     for job, member in zip(jobs, members, strict=True):
         if member.failure:
             files.replace(job.folder / files_of.DIVERGED, member.failure + "\n")

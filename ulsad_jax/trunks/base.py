@@ -42,6 +42,7 @@ class Architecture:
             resized to it.
         layers: names of the outputs used as features, joined with "+", if the config
             says "auto".
+        levels: the same for methods that take levels; those of `layers` if empty.
         whiten: True to decorrelate the features, if the config says "auto".
         channels: number of channels that the features are pooled to; None to keep all.
         multiple: number of pixels that the sides of an image must be a multiple of.
@@ -54,6 +55,7 @@ class Architecture:
     make: Callable[..., nn.Module]
     grid: str
     layers: str
+    levels: str = ""
     whiten: bool = False
     channels: int | None = None
     multiple: int = 32
@@ -86,15 +88,17 @@ def find(reference: str) -> Architecture:
     return found
 
 
-def resolve(trunk: ConfigDict) -> tuple[str, bool]:
+def resolve(trunk: ConfigDict, *, levels: bool = False) -> tuple[str, bool]:
     """Returns the names of the outputs used as features, and whether to whiten them.
 
     Args:
         trunk: `config.trunk`. Its "auto" means the values of the architecture.
+        levels: True for a method that takes levels.
     """
     best = find(trunk.architecture)
+    layers = (levels and best.levels) or best.layers
     return (
-        best.layers if trunk.layers == AUTO else trunk.layers,
+        layers if trunk.layers == AUTO else trunk.layers,
         best.whiten if trunk.whiten == AUTO else trunk.whiten == "always",
     )
 

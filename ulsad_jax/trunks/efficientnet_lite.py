@@ -179,6 +179,7 @@ def _describe(
         functools.partial(EfficientNetLite, blocks, channels),
         grid="stage3",
         layers="stage3+stage5",
+        levels="stage2+stage3+stage5",
         whiten=True,
         fold=functools.partial(fold_batch_norm, norm_of=_norm_of, epsilon=EPSILON),
         unused=("blocks.5.", "blocks.6.", "conv_head.", "bn2.", "classifier."),

@@ -83,7 +83,7 @@ class ResNet(nn.Module):
     def __call__(
         self, image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]
     ) -> dict[str, Float[Array, "b gh gw c"]]:
-        """Returns `layer2` at an eighth of the image's size, `layer3` at a sixteenth.
+        """Returns `layer1` to `layer3`, at 1/4, 1/8 and 1/16 of the image's size.
 
         Args:
             image: uint8 in 0..255 or float in 0..1.
@@ -103,7 +103,7 @@ class ResNet(nn.Module):
                     **settings,
                 )(x)
             outputs[f"layer{stage + 1}"] = x
-        return {name: outputs[name] for name in ("layer2", "layer3")}
+        return outputs
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
@@ -162,6 +162,7 @@ def _describe(
         functools.partial(ResNet, bottleneck, blocks, width),
         grid="layer2",
         layers="layer2+layer3",
+        levels="layer1+layer2+layer3",
         channels=384,
         fold=functools.partial(fold_batch_norm, norm_of=_norm_of),
         unused=("layer4.", "fc.", "classifier.", "head."),

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from flax.core import FrozenDict
 
-from ulsad_jax.methods.base import TOTAL, Batch, Method, Spec, State, count_bytes
+from ulsad_jax.methods import descent
+from ulsad_jax.methods.base import TOTAL, Batch, Method, Spec, State
 from ulsad_jax.methods.ulsad import loss_check
 from ulsad_jax.methods.ulsad.local import ACTIVATIONS
 from ulsad_jax.methods.ulsad.losses import distance, make_loss_fn
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
 
 _NONE = FrozenDict()
 COSINE_WEIGHT = 0.5  # lambda in the maps, independent of that in the losses
-# Arrays per parameter: value, two moments, gradient. Updates are in place.
-COPIES = 4
-# Arrays per output of a layer: the output and what its normalisation keeps, both for
-# the backward pass, and the gradient.
-RETURNED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +100,7 @@ class Ulsad(Method):
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Draws the initial weights and initialises the optimizer."""
         shapes = spec.batch.features, spec.batch.image
-        inputs = (jnp.zeros(x.shape, x.dtype) for x in shapes)
-        variables = self.networks.init(key, *inputs, train=True)
-        model = {kind: variables[kind] for kind in ("params", "batch_stats")}
-        return State(
-            step=jnp.zeros((), jnp.int32),
-            model=model,
-            training=self._make_optimizer().init(model["params"]),
-        )
+        return descent.init(self.networks, self._make_optimizer(), key, *shapes)
 
     def update(
         self, state: State, batch: Batch, key: jax.Array
@@ -135,18 +124,7 @@ class Ulsad(Method):
             )
             return total, (terms, updated["batch_stats"])
 
-        params = state.model["params"]
-        gradient_fn = jax.value_and_grad(loss, has_aux=True)
-        (total, (terms, batch_stats)), gradients = gradient_fn(params)
-        if self.axis_name is not None:
-            mine = total, terms, gradients
-            total, terms, gradients = jax.lax.pmean(mine, self.axis_name)
-        updates, training = self._make_optimizer().update(
-            gradients, state.training, params
-        )
-        params = optax.apply_updates(params, updates)
-        model = {"params": params, "batch_stats": batch_stats}
-        return State(state.step + 1, model, training), {TOTAL: total, **terms}
+        return descent.step(loss, self._make_optimizer(), state, self.axis_name)
 
     def losses(
         self, model: Any, batch: Batch, step: Int[Array, ""]
@@ -204,30 +182,9 @@ class Ulsad(Method):
                 return group == "optimizer"
 
     def estimate_bytes(self, spec: Spec) -> int:
-        """Estimates the device memory that a training step needs, in bytes.
-
-        It counts the parameters with both moments and gradients, the outputs of every
-        layer for a batch, and two batches: the current one and the next one.
-        """
-        inputs = spec.batch.features, spec.batch.image
-
-        def forward(key: jax.Array, *inputs: jax.Array) -> Any:
-            variables = self.networks.init(key, *inputs, train=True)
-            _, kept = self.networks.apply(
-                variables,
-                *inputs,
-                train=True,
-                capture_intermediates=True,
-                mutable=["batch_stats", "intermediates"],
-            )
-            return variables, kept["intermediates"]
-
-        variables, returned = jax.eval_shape(forward, jax.random.key(0), *inputs)
-        return (
-            COPIES * count_bytes(variables)
-            + RETURNED * count_bytes(returned)
-            + 2 * count_bytes(inputs)
-        )
+        """Estimates the device memory of a step, see `descent.estimate_bytes`."""
+        shapes = spec.batch.features, spec.batch.image
+        return descent.estimate_bytes(self.networks, *shapes)
 
     def _run(self, model: Any, batch: Batch) -> Mapping[str, jax.Array]:
         """Returns the networks' outputs in inference mode."""

@@ -1,0 +1,72 @@
+"""Reverse distillation against anomalib; `goldens/rd.py` says what the golden holds."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import runs
+from tests.goldens import rd as golden
+from ulsad_jax.methods.base import TOTAL, Batch
+from ulsad_jax.methods.rd import Kind, ReverseDistillation
+from ulsad_jax.runs import steps
+from ulsad_jax.trunks import torch_names
+
+
+@pytest.fixture(scope="module", params=golden.CASES)
+def case(request):
+    """The method, a state with the golden's weights, its batch and its numbers."""
+    method = ReverseDistillation(kind=Kind(*golden.CASES[request.param]))
+    levels = golden.levels(request.param)
+    features = {f"layer{i}": x for i, x in enumerate(levels, start=1)}
+    image = np.zeros((golden.BATCH, golden.SIZE, golden.SIZE, 3), np.uint8)
+    batch = Batch(image, features, np.ones(golden.BATCH, bool))
+    shapes = {name: runs.features(*x.shape[1:]) for name, x in features.items()}
+    spec = steps.make_spec(golden.BATCH, image.shape[1:3], shapes)
+    shapes = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    arrays = {
+        name: golden.fill(name, x.shape)
+        for name, x in torch_names.export(state.model).items()
+    }
+    model = torch_names.import_arrays(arrays, shapes.model, "the student")
+    with np.load(pathlib.Path(golden.__file__).with_suffix(".npz")) as file:
+        stored = {
+            name.removeprefix(f"{request.param}/"): file[name]
+            for name in file.files
+            if name.startswith(request.param)
+        }
+    return method, state.replace(model=model), batch, stored
+
+
+def assert_near(found, expected, bound=1e-4):
+    found = np.asarray(found)
+    assert found.shape == expected.shape
+    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+
+
+def test_maps_are_anomalibs(case):
+    method, state, batch, stored = case
+    n = golden.STRIDE
+    levels, maps = jax.jit(
+        lambda model: (method.decode(model, batch)[1], method.maps(model, batch))
+    )(state.model)
+    for i, x in enumerate(levels, start=1):
+        assert_near(x[:, ::n, ::n, :: 8 * n], stored[f"level{i}"])
+    assert_near(maps["student"][:, ::n, ::n], stored["map"])
+
+
+@pytest.mark.parametrize("case", ["basic"], indirect=True)
+def test_gradient_is_anomalibs(case):
+    method, state, batch, stored = case
+    state, losses = jax.jit(method.update)(state, batch, jax.random.key(0))
+    assert_near(losses[TOTAL], stored["loss"])
+    moments = torch_names.export({"params": state.training[0].mu})
+    assert moments.keys() == {*stored["names"]}
+    for name, norm in zip(stored["names"], stored["norms"], strict=True):
+        found = np.linalg.norm(moments[name]) / (1 - method.b1)
+        assert found == pytest.approx(norm, rel=1e-3), name

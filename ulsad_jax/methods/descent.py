@@ -1,0 +1,102 @@
+"""Takes steps of gradient descent, and estimates the memory that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from ulsad_jax.methods.base import TOTAL, State, count_bytes
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    Losses = dict[str, Float[Array, ""]]
+
+# Arrays per parameter: value, two moments, gradient. Updates are in place.
+COPIES = 4
+# Arrays per output of a layer: the output and what its normalisation keeps, both for
+# the backward pass, and the gradient.
+RETURNED = 3
+
+
+def init(
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *shapes: Any,
+) -> State:
+    """Draws the initial weights of a network and initialises the optimizer.
+
+    Args:
+        network: module with batch norm.
+        optimizer: optimizer of its parameters.
+        key: random key of the weights.
+        shapes: shapes of the network's inputs, trees of `jax.ShapeDtypeStruct`.
+    """
+    inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    variables = network.init(key, *inputs, train=True)
+    model = {kind: variables[kind] for kind in ("params", "batch_stats")}
+    training = optimizer.init(model["params"])
+    return State(jnp.zeros((), jnp.int32), model, training)
+
+
+def step(
+    loss: Callable[[Any], tuple[jax.Array, tuple[Losses, Any]]],
+    optimizer: optax.GradientTransformation,
+    state: State,
+    axis_name: str | None,
+) -> tuple[State, Losses]:
+    """Returns the state after one step, and the losses before it by name.
+
+    Args:
+        loss: function from the parameters to (total, (its terms by name, statistics of
+            batch norm)).
+        optimizer: optimizer of the parameters.
+        state: state that `init` made, or this function.
+        axis_name: see `Method.axis_name`.
+    """
+    params = state.model["params"]
+    gradient_fn = jax.value_and_grad(loss, has_aux=True)
+    (total, (terms, batch_stats)), gradients = gradient_fn(params)
+    if axis_name is not None:
+        mine = total, terms, gradients
+        total, terms, gradients = jax.lax.pmean(mine, axis_name)
+    updates, training = optimizer.update(gradients, state.training, params)
+    params = optax.apply_updates(params, updates)
+    model = {"params": params, "batch_stats": batch_stats}
+    return State(state.step + 1, model, training), {TOTAL: total, **terms}
+
+
+def estimate_bytes(network: nn.Module, *shapes: Any) -> int:
+    """Estimates the device memory that a step needs, in bytes.
+
+    It counts the parameters with both moments and gradients, the outputs of every layer
+    for a batch, and two batches: the current one and the next one.
+
+    Args:
+        network: module with batch norm.
+        shapes: shapes of the network's inputs.
+    """
+
+    def forward(key: jax.Array, *inputs: jax.Array) -> Any:
+        variables = network.init(key, *inputs, train=True)
+        _, kept = network.apply(
+            variables,
+            *inputs,
+            train=True,
+            capture_intermediates=True,
+            mutable=["batch_stats", "intermediates"],
+        )
+        return variables, kept["intermediates"]
+
+    variables, returned = jax.eval_shape(forward, jax.random.key(0), *shapes)
+    return (
+        COPIES * count_bytes(variables)
+        + RETURNED * count_bytes(returned)
+        + 2 * count_bytes(shapes)
+    )

@@ -143,6 +143,10 @@ def get_config(category: str = "all") -> ConfigDict:
     # features may take. If they need more, features are not kept, and the trunk runs in
     # every step; 0 always does this.
     train.feature_memory = 0.5
+    # (first, end): writes a trace of the updates from `first` to before `end`, counted
+    # from 0, to the folder profile of the category, for XProf; () for none. Sweeps
+    # ignore it.
+    train.profile = ()
 
     config.parallel = parallel = ConfigDict()
     # Number of devices to split a batch over, counted from the first, or 0 for all.

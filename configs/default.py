@@ -114,7 +114,7 @@ def _trunk() -> ConfigDict:
     trunk.path = ""
     # Outputs of the trunk to use as features, joined with "+"; a ResNet has layer1 to
     # layer3, an EfficientNet-Lite stage1 to stage5, a ViT block1 to block12. "auto" is
-    # the architecture's default: both for ResNets, as published.
+    # the architecture's default: layer2+layer3 for ResNets, as published.
     trunk.layers = "auto"
     # (height, width) in pixels at which images enter and the trunk sees them, or () for
     # `image_size`. The method gets them resized to `image_size`, the size of its maps.
@@ -202,6 +202,10 @@ def _train() -> ConfigDict:
     # features may take. If they need more, features are not kept, and the trunk runs in
     # every step; 0 always does this.
     train.feature_memory = 0.5
+    # (first, end): writes a trace of the updates from `first` to before `end`, counted
+    # from 0, to the folder profile of the category, for XProf; () for none. Sweeps
+    # ignore it.
+    train.profile = ()
     return train
 
 

@@ -49,10 +49,13 @@ _BEFORE = {
     "parallel.devices": 0,
     "train.feature_memory": 0.5,
     "train.num_updates": 0,
+    "train.profile": (),
     "trunk.image_size": (),
     "trunk.layers": "layer2+layer3",
     "trunk.whiten": "never",
 }
+# Fields that JSON makes lists of, besides `image_size`.
+_TUPLES = (("trunk", "image_size"), ("evaluation", "metrics"), ("train", "profile"))
 BEST_TEST_AUROC = SELECTIONS[-1]  # the selection that uses test images
 WHITEN = (trunks.AUTO, "always", "never")
 # Fields that are paths.
@@ -62,7 +65,7 @@ PLACE_FIELDS = ("dataset.root", "dataset.cache_dir", "trunk.path")
 FREE_FIELDS = (
     *("train.num_epochs", "train.num_updates", "train.checkpoint_every"),
     "evaluation.",
-    *("parallel.", "train.feature_memory", *PLACE_FIELDS),
+    *("parallel.", "train.feature_memory", "train.profile", *PLACE_FIELDS),
 )
 
 
@@ -88,6 +91,15 @@ _TRUNK_IMAGE_SIZE = Rule(
         and all(isinstance(n, int) and n > 0 for n in v)
     ),
     "(height, width), such as (448, 448), or () for config.image_size",
+)
+_PROFILE = Rule(
+    lambda v: (
+        isinstance(v, tuple | list)
+        and len(v) in (0, 2)
+        and all(isinstance(n, int) and n >= 0 for n in v)
+        and sorted({*v}) == [*v]
+    ),
+    "two increasing integers from 0 up, such as (10, 20), or () for no trace",
 )
 _WEIGHTS = Rule(
     lambda v: hasattr(v, "items") and all(map(NOT_NEGATIVE.holds, v.values())),
@@ -121,6 +133,7 @@ _RULES = {
     "train.checkpoint_every": at_least(1),
     "train.dtype": one_of("float32", "bfloat16"),
     "train.feature_memory": FRACTION,
+    "train.profile": _PROFILE,
     "parallel.backend": one_of(*BACKENDS),
     "parallel.devices": at_least(0),
     "evaluation.batch_size": at_least(1),
@@ -285,8 +298,8 @@ def load(path: Path) -> ConfigDict:
         _fill(fields)
         _resolve_as_before(fields["trunk"], version)
         fields["image_size"] = tuple(fields["image_size"])
-        fields["trunk"]["image_size"] = tuple(fields["trunk"]["image_size"])
-        fields["evaluation"]["metrics"] = tuple(fields["evaluation"]["metrics"])
+        for group, name in _TUPLES:
+            fields[group][name] = tuple(fields[group][name])
         config = ConfigDict(fields)
         _check_fields(config)
         validate(config)

@@ -16,6 +16,7 @@ from ulsad_jax.runs.category import CategoryRun
 from ulsad_jax.runtime import hosts, stages
 from ulsad_jax.runtime.devices import host_bytes
 from ulsad_jax.runtime.errors import UserError
+from ulsad_jax.runtime.profile import Profile
 from ulsad_jax.runtime.writer import Silence, Writer, open_writer
 from ulsad_jax.scoring.prediction import Weights
 from ulsad_jax.scoring.thresholds import Thresholds
@@ -152,6 +153,7 @@ def make_trainer(
         store=store,
         writer=writer,
         trunk=run.trunk and run.trunk.identity,
+        profile=Profile(config.train.profile, run.folder / files_of.PROFILE),
         score_test=_make_score_test(run, normals),
     )
 

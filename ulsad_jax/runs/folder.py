@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CONFIG, TRUNK, REPORT, MAPS = "config.json", "trunk.safetensors", "report.html", "maps"
 RESULTS, TABLE = "results.json", "results.csv"
 # In a category's folder, beside `RESULTS`.
-CHECKPOINTS, PICTURES = "checkpoints", "pictures"
+CHECKPOINTS, PICTURES, PROFILE = "checkpoints", "pictures", "profile"
 SCORES, CURVES, STAGES = "scores.csv", "curves.json", "stages.json"
 EPOCHS = "metrics.jsonl"  # losses of every epoch
 DATA = "data.json"  # digests of the images trained and validated on

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from ulsad_jax.runtime.checkpoint import CheckpointStore
+    from ulsad_jax.runtime.profile import Profile
     from ulsad_jax.runtime.writer import Silence, Writer
     from ulsad_jax.trunks.weights import TrunkIdentity
 
@@ -50,6 +51,7 @@ class Trainer:
         store: CheckpointStore,
         writer: Writer | Silence,
         trunk: TrunkIdentity | None,
+        profile: Profile,
         score_test: Callable[..., float] | None = None,
     ):
         """Makes the initial state.
@@ -67,6 +69,7 @@ class Trainer:
             store: store of the checkpoints.
             writer: writer of the metrics.
             trunk: identity of the trunk, saved with every checkpoint, or None.
+            profile: trace of the steps that `config.train.profile` asks for.
             score_test: function from (model, calibration) to the image AUROC on the
                 test set, used only by the reference's selection.
         """
@@ -76,6 +79,7 @@ class Trainer:
         self._validate, self._score_test = validate, score_test
         self._store, self._writer = store, writer
         self._trunk = trunk and dataclasses.asdict(trunk)
+        self._profile = profile
         self._steps_per_epoch = steps.steps_per_epoch(
             len(self._train),
             config.train.batch_size,
@@ -98,7 +102,7 @@ class Trainer:
         """
         self._resume()
         per_epoch, step = self._steps_per_epoch, int(self._state.step)
-        with stop_signals() as stop:
+        with stop_signals() as stop, self._profile:
             for epoch in range(step // per_epoch, self._epochs):
                 started = time.perf_counter()
                 self._run_epoch(epoch, stop)
@@ -128,8 +132,9 @@ class Trainer:
         for i in indices:
             asked = self._devices.ask(stop)
             rows, count = self._rows(order, i)
-            placed = sources.load(self._train, rows, count, self._devices)
-            self._state, losses = self._train_step(self._state, placed, self._key)
+            with self._profile.step(epoch * per_epoch + i, self._state):
+                placed = sources.load(self._train, rows, count, self._devices)
+                self._state, losses = self._train_step(self._state, placed, self._key)
             if pending is not None:
                 self._count(epoch * per_epoch + i, pending)
             pending = losses
@@ -159,7 +164,8 @@ class Trainer:
 
     def _count(self, step: int, losses: Mapping[str, jax.Array]) -> None:
         """Adds the losses of update number `step` to the sums of the epoch."""
-        values = {name: float(value) for name, value in losses.items()}
+        # All at once, not one by one.
+        values = {k: float(value) for k, value in jax.device_get(losses).items()}
         self._check_finite(values, f"at step {step}", updates=step - 1)
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value

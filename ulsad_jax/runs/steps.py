@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 
 from ulsad_jax.methods.base import Batch, Method, Spec, State, count_batches
 from ulsad_jax.runtime import compilation
-from ulsad_jax.runtime.devices import DATA, PMAP, Devices
+from ulsad_jax.runtime.devices import DATA, PMAP, Devices, ignore_mesh
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.trunks.features import ChannelStatistics
 
@@ -93,9 +93,8 @@ def make_train_step(method: Method, devices: Devices, backend: str) -> Step:
             batch and averages moments, gradients and losses.
     """
     if backend != PMAP:
-        return jax.jit(
-            make_update(method), donate_argnums=0, out_shardings=devices.everywhere
-        )
+        update = ignore_mesh(make_update(method))
+        return jax.jit(update, donate_argnums=0, out_shardings=devices.everywhere)
     update = jax.pmap(
         make_update(dataclasses.replace(method, axis_name=DATA)),
         axis_name=DATA,

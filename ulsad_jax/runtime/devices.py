@@ -9,7 +9,9 @@ for sums of gradients. With one device nothing is split.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +159,20 @@ def check_trainable(devices: Devices, batch_size: int, backend: str) -> None:
             f"found {batch_size}. Set --config.train.batch_size to "
             f"{f'{below} or ' if below else ''}{above}, or {otherwise}."
         )
+
+
+def ignore_mesh(function: Callable) -> Callable:
+    """Returns a function to jit that is traced as if no mesh were set.
+
+    Otherwise JAX refuses arrays of our mesh within a caller's `jax.set_mesh`.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return function(*args)
+
+    return run
 
 
 @jax.jit

@@ -79,7 +79,7 @@ class AtOnce:
         self._filling = -len(states) % self._mesh.size
         self._states, self._numbers = self._place(states), self._place(numbers)
         self._keys = self._place_keys(keys)
-        self._update = _vectorize(update, self._mesh)
+        self._update = vectorize(update, self._mesh)
 
     def step(self, batches: Sequence[Batch]) -> dict[str, Float[Array, " m"]]:
         """Updates every member with its batch; returns the losses before the update."""
@@ -126,7 +126,7 @@ class InTurn:
         self._members = [jax.device_put(member, device) for member, device in places]
         self._update = _compile(update)
 
-    def step(self, batches: Sequence[Batch]) -> dict[str, Float[np.ndarray, " m"]]:
+    def step(self, batches: Sequence[Batch]) -> dict[str, list[Float[Array, ""]]]:
         """Updates every member with its batch, see `AtOnce.step`."""
         losses = []
         for i, batch in enumerate(batches):
@@ -135,8 +135,7 @@ class InTurn:
             state, own = self._update(numbers, state, placed, key)
             self._members[i] = state, numbers, key
             losses.append(own)
-        losses = jax.device_get(losses)
-        return {name: np.stack([own[name] for own in losses]) for name in losses[0]}
+        return {name: [own[name] for own in losses] for name in losses[0]}
 
     def state(self, i: int) -> State:
         """Returns the state of member i, see `AtOnce.state`."""
@@ -196,25 +195,34 @@ class MemberTrainer(Trainer):
         """Counts a step that was taken."""
         self._step += 1
 
+    @property
+    def is_at_end_of_epoch(self) -> bool:
+        """True if the last counted step was the last one of an epoch."""
+        return self._step % self._steps_per_epoch == 0
+
     def report(
         self,
+        step: int,
         losses: Mapping[str, np.ndarray],
         get_state: Callable[[], State],
     ) -> None:
-        """Adds the losses of the last counted step; ends the epoch if it is complete.
+        """Adds the losses of a step; ends the epoch if it was the last one of it.
 
         Args:
+            step: number of updates with that step.
             losses: losses by name.
             get_state: function that returns the member's state; it is called at the end
                 of an epoch, to validate and save.
         """
+        if self.failure:  # in the step before
+            return
         try:
-            self._count(self._step, losses)
-            if self._step % self._steps_per_epoch == 0:
+            self._count(step, losses)
+            if step % self._steps_per_epoch == 0:
                 now = time.perf_counter()
                 seconds, self._started = now - self._started, now
                 self._state = get_state()
-                epoch = self._step // self._steps_per_epoch - 1
+                epoch = step // self._steps_per_epoch - 1
                 self._end_epoch(epoch, seconds)
         except Diverged as error:
             self.failure = str(error)
@@ -248,7 +256,7 @@ def train(members: Sequence[MemberTrainer], program: AtOnce | InTurn) -> None:
         Interrupted: SIGTERM or SIGINT was received; every member is saved.
     """
     with stop_signals() as stop:
-        batches = [member.next_batch() for member in members]
+        batches, late = [member.next_batch() for member in members], []
         while not stop and not all(member.is_done for member in members):
             losses = program.step(batches)
             active = [(i, m) for i, m in enumerate(members) if not m.is_done]
@@ -256,10 +264,14 @@ def train(members: Sequence[MemberTrainer], program: AtOnce | InTurn) -> None:
                 member.advance()
             # Batches are read while the devices compute.
             batches = [member.next_batch() for member in members]
-            losses = jax.device_get(losses)
-            for i, member in active:
-                own = {name: value[i] for name, value in losses.items()}
-                member.report(own, functools.partial(program.state, i))
+            late.append((losses, [(i, m, m.step) for i, m in active]))
+            # Losses are fetched one step late, so that the devices do not wait, except
+            # where an epoch ends: there a member needs the state of this step.
+            ends = any(member.is_at_end_of_epoch for _, member in active)
+            while len(late) > (0 if ends else 1):
+                _report(program, *late.pop(0))
+        for step in late:
+            _report(program, *step)
         if stop:
             for i, member in enumerate(members):
                 if not member.is_done:
@@ -270,8 +282,26 @@ def train(members: Sequence[MemberTrainer], program: AtOnce | InTurn) -> None:
             raise Interrupted(stop[0], max(member.step for member in members))
 
 
+def _report(
+    program: AtOnce | InTurn,
+    losses: Mapping[str, Any],
+    taken: Sequence[tuple[int, MemberTrainer, int]],
+) -> None:
+    """Reports a step to the members, given as (index, member, updates with it)."""
+    losses = jax.device_get(losses)  # of all members at once
+    for i, member, step in taken:
+        own = {name: value[i] for name, value in losses.items()}
+        member.report(step, own, functools.partial(program.state, i))
+
+
 @functools.lru_cache
-def _vectorize(update: Update, mesh: Mesh) -> Update:
+def vectorize(update: Update, mesh: Mesh) -> Update:
+    """Returns the jitted update of stacked members, split over a mesh.
+
+    Args:
+        update: function from `make_update`.
+        mesh: mesh along the axis `MEMBER`.
+    """
     spec = PartitionSpec(MEMBER)
     members = jax.shard_map(
         jax.vmap(update), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False

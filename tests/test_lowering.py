@@ -13,6 +13,7 @@ from jax import export
 from jax.sharding import Mesh
 
 from tests import runs
+from ulsad_jax.methods import patchcore
 from ulsad_jax.nn.convolution import convolve_transposed
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import setup, steps
@@ -32,6 +33,7 @@ PROGRAMS = {
     "artifact.py": 1,  # the predict step
     "export_onnx.py": 1,  # runs on CPUs
     "methods/padim.py": 1,
+    "methods/patchcore.py": 2,  # within each other
     "methods/ulsad/loss_check.py": 2,
     "runs/loss_inspection.py": 2,  # parts of the training step
     "runs/steps.py": 2,
@@ -80,11 +82,18 @@ def test_every_program_is_here():
     assert {path: n for path, n in found.items() if n} == PROGRAMS
 
 
-def test_training_step():
-    step = steps.make_train_step(make()[1].method, find_devices(1), "jit")
-    state, losses = lower(step, *shapes())
-    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, shapes()[0])
-    assert losses["total"].dtype == jnp.float32
+@pytest.mark.parametrize("method", ["ulsad+padim+words", "patchcore+pca", "dfr+rd"])
+def test_training_step(method):
+    step = steps.make_train_step(make(method)[1].method, find_devices(1), "jit")
+    state, losses = lower(step, *shapes(method))
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, shapes(method)[0])
+    assert all(loss.dtype == jnp.float32 for loss in losses.values())
+
+
+def test_coreset():
+    key, patches = shapes()[2], jax.ShapeDtypeStruct((5000, 160), np.float32)
+    run = jax.jit(functools.partial(patchcore.choose, count=70, dimensions=128))
+    assert lower(run, key, patches).shape == (70,)
 
 
 def test_step_of_a_wave():

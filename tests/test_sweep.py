@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import ablation
+from configs import ablation, compare
 from configs import sweep as sweep_config
 from tests import runs
 from ulsad_jax.methods.base import Batch, count_bytes
 from ulsad_jax.methods.descent import COPIES
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import setup, steps
+from ulsad_jax.runtime import registry
 from ulsad_jax.runtime.devices import find_devices
 from ulsad_jax.runtime.errors import Interrupted, UserError
 from ulsad_jax.sweep import grid, memory, summary, wave
@@ -483,6 +484,20 @@ def test_every_variant_of_the_ablation_can_be_made(base, own):
     assert len(members) == 3 * len(settings)
     for member in members:
         config_lib.validate(member.config)
+
+
+@pytest.mark.parametrize("base", ["quickstart", "mvtec_ad:bottle"])
+def test_every_method_with_a_map_is_compared(base):
+    config = compare.get_config(base)
+    config.dataset.root = config.dataset.root or "data"
+    members = grid.list_members(config, ["a"])
+    for member in members:
+        config_lib.validate(member.config)
+    found = {member.setting: member.config.method for member in members}
+    known = registry.collect("ulsad_jax.methods", "METHODS").keys()
+    assert {*found.values()} == known - {"pooled", "words"}
+    assert {*found} == {*found.values()}
+    assert len(members) == 3 * len(found)
 
 
 def test_waves():

@@ -1,0 +1,32 @@
+"""A comparison of methods: `--config=configs/compare.py:<config>[:<categories>]`."""
+
+from ml_collections import ConfigDict
+
+from configs import sweep
+
+# Each with its own defaults. Whitening would leave PCA no directions to choose from.
+METHODS = {
+    "ulsad": {},
+    "padim": {},
+    "patchcore": {},
+    "pca": {"trunk": {"whiten": "never"}},
+    "dfr": {},
+    "rd": {},
+}
+
+
+def get_config(base: str = "quickstart") -> ConfigDict:
+    """Returns a variant for each method, on the same data and trunk, with three seeds.
+
+    An image's score is the maximum of its map in all of them. The methods that train
+    have the base's number of updates.
+
+    Args:
+        base: see configs/sweep.py.
+    """
+    config = sweep.get_config(base)
+    config.score.fusion, config.score.top_share = "map", 0.0
+    config.evaluation.pictures_per_type = 2
+    variants = {name: {"method": name, **own} for name, own in METHODS.items()}
+    config.sweep.variants = ConfigDict(variants)
+    return config

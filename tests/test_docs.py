@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from benchmarks import tpu_compile
 from tests import runs
 from ulsad_jax.methods.ulsad import losses
 
@@ -61,3 +62,8 @@ def test_term_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "smooth", raising=False)
     config = importlib.import_module("smooth").get_config()
     losses.make_loss_fn(config.losses)
+
+
+def test_table_of_what_was_compiled_for_tpus():
+    table = tpu_compile.make_table(tpu_compile.read_results())
+    assert table in (runs.REPOSITORY / "docs" / "devices.md").read_text()

@@ -13,7 +13,7 @@ def get_config(category: str = "all") -> ConfigDict:
     """
     config = default.get_config(category)
     config.method = "ulsad+padim"
-    # What a global map learns from so few updates adds more noise than it finds.
+    # It adds more noise than it finds up to 2,400 updates: see docs/results.md.
     config.score.fusion = "scores"
     config.score.weights["global"] = 0.0
     config.trunk.architecture = "tf_efficientnet_lite0"

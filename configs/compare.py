@@ -1,4 +1,4 @@
-"""A comparison of methods: `--config=configs/compare.py:<config>[:<categories>]`."""
+"""Compares methods: `--config=configs/compare.py:<config>[:<categories>]`."""
 
 from ml_collections import ConfigDict
 

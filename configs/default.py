@@ -114,7 +114,8 @@ def _trunk() -> ConfigDict:
     trunk.path = ""
     # Outputs of the trunk to use as features, joined with "+"; a ResNet has layer1 to
     # layer3, an EfficientNet-Lite stage1 to stage5, a ViT block1 to block12. "auto" is
-    # the architecture's default: layer2+layer3 for ResNets, as published.
+    # the architecture's default for the method: layer2+layer3 of ResNets for ULSAD, as
+    # published.
     trunk.layers = "auto"
     # (height, width) in pixels at which images enter and the trunk sees them, or () for
     # `image_size`. The method gets them resized to `image_size`, the size of its maps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 
 import jax
@@ -12,8 +13,9 @@ import pytest
 from tests import runs
 from tests.goldens import rd as golden
 from ulsad_jax.methods.base import TOTAL, Batch
-from ulsad_jax.methods.rd import Kind, ReverseDistillation
-from ulsad_jax.runs import steps
+from ulsad_jax.methods.rd import Kind, ReverseDistillation, read_kind
+from ulsad_jax.runs import config as config_lib
+from ulsad_jax.runs import setup, steps
 from ulsad_jax.trunks import torch_names
 
 
@@ -70,3 +72,24 @@ def test_gradient_is_anomalibs(case):
     for name, norm in zip(stored["names"], stored["norms"], strict=True):
         found = np.linalg.norm(moments[name]) / (1 - method.b1)
         assert found == pytest.approx(norm, rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["resnet34", "wide_resnet50_2", "resnet50", "tf_efficientnet_lite0"],
+)
+def test_a_model_says_of_which_kind_it_is(architecture):
+    """Members of a sweep over trunks share one method, whose own kind is another's."""
+    config = config_lib.resolve(
+        runs.make_config(
+            pathlib.Path("data"), {"method": "rd", "trunk.architecture": architecture}
+        )
+    )
+    made = setup.make(config)
+    init = functools.partial(made.method.init, spec=made.spec(2))
+    model = jax.eval_shape(init, jax.random.key(0)).model
+    assert read_kind(model) == made.method.kind
+    other = ReverseDistillation(kind=Kind(blocks=(1, 1, 1)))
+    batch = made.spec(2).batch
+    ours, theirs = (jax.eval_shape(m.maps, model, batch) for m in (made.method, other))
+    assert ours == theirs

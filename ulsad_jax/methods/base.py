@@ -131,8 +131,9 @@ class Method:
     def adapt(self, batch: Batch) -> Method:
         """Returns the method with hyperparameters that depend on the training images.
 
-        It is called before `init`, in every command that trains. `maps`, `scores` and
-        `losses` are also called on the method as it was before.
+        It is called before `init`, in every command that trains. The other functions
+        are also called on the method as it was before: they have to read what was
+        chosen from the shapes of their arrays.
 
         Args:
             batch: the first training images in order, in host memory.

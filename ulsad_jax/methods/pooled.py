@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 POSITIONS = 256  # largest number of positions of a training image that words are from
+ROUNDING = 1e-6  # largest difference by rounding, as a share of the largest value
 PATCHES = 10_000  # largest number of features that k-means groups
 
 
@@ -36,7 +37,7 @@ class Pooled(Rows):
 
     def finish(self, state: State) -> State:
         """Fits the model to the images that were seen."""
-        return state.replace(model=self._fit(np.asarray(read_seen(state)), state))
+        return State(state.step, self._fit(np.asarray(read_seen(state)), state), {})
 
     def maps(self, model: Any, batch: Batch) -> dict[str, Float[Array, "b h w"]]:
         """Returns no map."""
@@ -130,15 +131,15 @@ def fit_gaussian(x: Float[np.ndarray, "n c"]) -> dict[str, Float[np.ndarray, "..
 
     Returns:
         `mean` [c], and `factor` [c, c] with |(x - mean) factor| the Mahalanobis
-        distance, float32. A single image, or images that are all the same, have no
-        covariance: the identity takes its place.
+        distance, float32. A single image, or images that are all the same but for
+        rounding, have no covariance: the identity takes its place.
     """
     from sklearn.covariance import ledoit_wolf  # training steps do without scikit-learn
 
     x = x.astype(np.float64)
     mean = x.mean(0)
     covariance = np.eye(x.shape[1])
-    if np.ptp(x, axis=0).any():
+    if np.ptp(x, axis=0).max() > ROUNDING * np.abs(x).max():
         covariance, _ = ledoit_wolf(x - mean, assume_centered=True)
     variances, directions = np.linalg.eigh(covariance)
     # Rounding may leave a direction without variance.

@@ -224,7 +224,8 @@ class ReverseDistillation(Method):
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Draws the initial weights and initialises Adam."""
         levels = order_levels(spec.batch)
-        return descent.init(self._student, self._make_optimizer(), key, levels)
+        student = self._make_student(self.kind)
+        return descent.init(student, self._make_optimizer(), key, levels)
 
     def update(
         self, state: State, batch: Batch, key: jax.Array
@@ -234,7 +235,7 @@ class ReverseDistillation(Method):
         levels = order_levels(batch)
 
         def loss(params):
-            decoded, updated = self._student.apply(
+            decoded, updated = self._make_student(read_kind(state.model)).apply(
                 state.model | {"params": params},
                 levels,
                 train=True,
@@ -263,21 +264,36 @@ class ReverseDistillation(Method):
     def decode(self, model: Any, batch: Batch) -> tuple[Levels, Levels]:
         """Returns the teacher's levels and the student's, in inference mode."""
         levels = order_levels(batch)
-        return levels, self._student.apply(model, levels, train=False)
+        student = self._make_student(read_kind(model))
+        return levels, student.apply(model, levels, train=False)
 
     def estimate_bytes(self, spec: Spec) -> int:
         """Estimates the device memory of a step, see `descent.estimate_bytes`."""
-        return descent.estimate_bytes(self._student, order_levels(spec.batch))
+        student = self._make_student(self.kind)
+        return descent.estimate_bytes(student, order_levels(spec.batch))
 
-    @property
-    def _student(self) -> Student:
-        return Student(self.kind, jnp.dtype(self.dtype), self.axis_name)
+    def _make_student(self, kind: Kind) -> Student:
+        return Student(kind, jnp.dtype(self.dtype), self.axis_name)
 
     def _make_optimizer(self) -> optax.GradientTransformation:
         return optax.adam(self.learning_rate, b1=self.b1, b2=self.b2)
 
 
 METHODS = {"rd": ReverseDistillation}
+
+
+def read_kind(model: Any) -> Kind:
+    """Returns the kind of the student that a model belongs to.
+
+    Members of a sweep over trunks share one method, whatever its own kind is.
+    """
+    blocks = model["params"]["decoder"]
+    counts = tuple(sum(k.startswith(f"layer{i}_") for k in blocks) for i in (1, 2, 3))
+    block = blocks["layer1_0"]
+    if "conv3" not in block:
+        return Kind(blocks=counts)
+    width, features = (block["conv3"]["kernel"].shape[i] for i in (-2, -1))
+    return Kind(True, counts, 256 * width // features)
 
 
 def order_levels(batch: Batch) -> Levels:

@@ -43,8 +43,8 @@ def check_finite(
             f"Expected finite anomaly maps, found NaN or infinite values in "
             f"{bad.size} of {len(maps)}, the first at row {row}, column {column} of "
             f"the map of {images[bad[0]]}. The networks diverged, or the trunk does "
-            "not fit: train again, with a lower config.optimizer.learning_rate or "
-            "config.train.dtype float32."
+            "not fit: train again, with a lower learning rate (ULSAD's is "
+            "config.optimizer.learning_rate) or config.train.dtype float32."
         )
     for name, values in scores.items():
         bad = np.flatnonzero(~np.isfinite(values))

@@ -178,9 +178,9 @@ class Trainer:
                 f"Expected finite losses, found {losses[terms[0]]} in "
                 f"{' and '.join(repr(t) for t in terms)} {where} of "
                 f"{self._category!r}. Checkpoints before it are kept. Lower "
-                "--config.optimizer.learning_rate, or look for constant images. The "
-                "gradients of a term of your own: python -m ulsad_jax.inspect_losses "
-                f"--step={updates}."
+                "the learning rate (ULSAD's is --config.optimizer.learning_rate), or "
+                "look for constant images. The gradients of ULSAD's terms: "
+                f"python -m ulsad_jax.inspect_losses --step={updates}."
             )
 
     def _end_epoch(self, epoch: int, seconds: float) -> None:

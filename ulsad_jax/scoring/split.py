@@ -49,8 +49,7 @@ def predict_split(
     Args:
         predict: function from images to a prediction.
         batches: batches of the split; see `batches.Examples.batches`.
-        shapes: shapes of the prediction for one image, as returned by
-            `jax.eval_shape`.
+        shapes: shapes and types of the prediction for a batch.
         types: type of every image of the split.
     """
     n = len(types)

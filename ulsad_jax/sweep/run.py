@@ -95,17 +95,22 @@ def _train(config: ConfigDict, workdir: Path) -> str:
     members = grid.list_members(config, data.list_categories(config))
     _check_workdir(workdir)
     traced = grid.traced_fields(members)
-    kinds = {grid.program(member, traced): member for member in members}
-    for member in kinds.values():
-        warning = setup.check(setup.make(member.config), member.config)
-        if warning:  # before anything is written
+    kinds: dict[Hashable, grid.Member] = {}
+    for member in members:
+        made = setup.make(member.config)
+        kind = grid.program(member, traced), str(made.features)
+        if kind in kinds:
+            continue
+        kinds[kind] = member
+        if warning := setup.check(made, member.config):  # before anything is written
             print(f"{member.name}: {warning}")
     (workdir / files_of.MEMBERS).mkdir(parents=True, exist_ok=True)
     files.replace(workdir / files_of.SWEEP, config.to_json_best_effort(indent=2) + "\n")
     jobs = _open(members, workdir)
     programs: dict[Hashable, list[Job]] = {}
     for job in jobs:
-        programs.setdefault(grid.program(job.member, traced), []).append(job)
+        program = grid.program(job.member, traced), str(job.run.setup.features)
+        programs.setdefault(program, []).append(job)
     for same in programs.values():
         budget = memory.find_budget(config.sweep)
         _train_program(same, traced, budget, config.sweep.backend)
@@ -254,8 +259,8 @@ def _train_wave(
             members.append(member)
             states[i] = member.begin()
         same: dict[str, list[int]] = {}  # those that `vmap` can stack
-        for i, job in enumerate(jobs):
-            shapes = jax.tree.map(np.shape, states[i]), job.run.setup.features
+        for i in range(len(jobs)):
+            shapes = jax.tree.map(np.shape, states[i])
             same.setdefault(str(shapes), []).append(i)
         for rows in same.values():
             own = [members[i] for i in rows]

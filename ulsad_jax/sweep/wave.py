@@ -165,7 +165,6 @@ class MemberTrainer(Trainer):
         self._resume()
         self._step = int(self._state.step)
         state, self._state = jax.device_get(self._state), None
-        self._started = time.perf_counter()
         self._epoch_order = -1, np.empty(0, int)
         return state
 
@@ -199,6 +198,10 @@ class MemberTrainer(Trainer):
     def is_at_end_of_epoch(self) -> bool:
         """True if the last counted step was the last one of an epoch."""
         return self._step % self._steps_per_epoch == 0
+
+    def start_clock(self) -> None:
+        """Starts to measure the time of an epoch."""
+        self._started = time.perf_counter()
 
     def report(
         self,
@@ -255,6 +258,8 @@ def train(members: Sequence[MemberTrainer], program: AtOnce | InTurn) -> None:
     Raises:
         Interrupted: SIGTERM or SIGINT was received; every member is saved.
     """
+    for member in members:
+        member.start_clock()
     with stop_signals() as stop:
         batches, late = [member.next_batch() for member in members], []
         while not stop and not all(member.is_done for member in members):

@@ -13,7 +13,7 @@ def get_config(category: str = "all") -> ConfigDict:
     """
     config = default.get_config(category)
     config.method = "ulsad+padim"
-    # On photographs the global map adds more noise than it finds: docs/results.md.
+    # On most data the global map adds more noise than it finds: docs/results.md.
     config.score.fusion = "scores"
     config.score.weights["global"] = 0.0
     config.trunk.architecture = "tf_efficientnet_lite0"

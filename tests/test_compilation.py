@@ -117,9 +117,11 @@ def test_categories_of_equal_shapes_share_every_program(
         runs.train(config, tmp_path / "run")
     assert runs.read_scores(tmp_path / "run", "cable")
     compiled = list_compiled(caplog)
+    traced = re.findall(r"Finished tracing (\w+) for", caplog.text)
     caplog.clear()  # a failure would show all of it
     times = collections.Counter(compiled)
     assert [name for name, shapes in times if times[name, shapes] > 1] == []
     own = collections.Counter(name for name, _ in compiled)
     expected = {"init", "update", "step", "predict"}  # `step` validates
     assert {name: own[name] for name in expected} == dict.fromkeys(expected, 1)
+    assert traced.count("predict") == 1

@@ -145,13 +145,13 @@ def predict_test(run: CategoryRun, weights: Weights) -> tuple[Prediction, Truth]
         run.setup.pyramid, run.setup.method, top_share=run.config.score.top_share
     )
     placed, split = run.devices.replicate(weights), run.devices.split
-    # In the shape of the batches, so that the prediction is traced once.
+    # As the batches are, in shape and place, so that the prediction is traced once.
     size = run.batch_size(run.data.test), *run.setup.input_size
-    image = jax.ShapeDtypeStruct((*size, 3), np.uint8)
+    image = split(np.zeros((*size, 3), np.uint8))
     return predict_split(
         lambda image: hosts.gather(predict(placed, split(image))),
         run.batches(run.data.test, "test images"),
-        shapes=predict.trace(placed, image).out_info,
+        shapes=jax.eval_shape(predict, placed, image),
         types=run.data.test.types,
     )
 

@@ -169,8 +169,10 @@ def compile_cell(cell: Cell) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
+    # By default a host has four chips.
+    host = {"chips_per_host_bounds": (1, 1, 1)} if cell.count == 1 else {}
     chips = topologies.get_topology_desc(
-        platform="tpu", topology_name=cell.topology
+        platform="tpu", topology_name=cell.topology, **host
     ).devices
     function, arguments = PROGRAMS[cell.program](cell, list(chips))
     started = time.perf_counter()

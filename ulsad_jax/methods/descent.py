@@ -46,20 +46,31 @@ def init(
 
 
 def step(
-    loss: Callable[[Any], tuple[jax.Array, tuple[Losses, Any]]],
+    network: nn.Module,
     optimizer: optax.GradientTransformation,
+    loss_fn: Callable[[Any], tuple[jax.Array, Losses]],
     state: State,
     axis_name: str | None,
+    *inputs: Any,
 ) -> tuple[State, Losses]:
     """Returns the state after one step, and the losses before it by name.
 
     Args:
-        loss: function from the parameters to (total, (its terms by name, statistics of
-            batch norm)).
-        optimizer: optimizer of the parameters.
+        network: module with batch norm.
+        optimizer: optimizer of its parameters.
+        loss_fn: function from the network's outputs to (total, its terms by name).
         state: state that `init` made, or this function.
         axis_name: see `Method.axis_name`.
+        inputs: the network's inputs.
     """
+
+    def loss(params: Any) -> tuple[jax.Array, tuple[Losses, Any]]:
+        model = state.model | {"params": params}
+        kept = ["batch_stats"]
+        outputs, updated = network.apply(model, *inputs, train=True, mutable=kept)
+        total, terms = loss_fn(outputs)
+        return total, (terms, updated["batch_stats"])
+
     params = state.model["params"]
     gradient_fn = jax.value_and_grad(loss, has_aux=True)
     (total, (terms, batch_stats)), gradients = gradient_fn(params)

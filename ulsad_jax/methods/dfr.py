@@ -104,16 +104,13 @@ class Dfr(Method):
     ) -> tuple[State, dict[str, Float[Array, ""]]]:
         """Takes one step of Adam on the mean squared error."""
         del key
-        x = describe_regions(batch)
+        x, network = describe_regions(batch), self._read_network(state.model)
 
-        def loss(params):
-            model = state.model | {"params": params}
-            y, updated = self._read_network(model).apply(
-                model, x, train=True, mutable=["batch_stats"]
-            )
-            return jnp.square(x - y).mean(), ({}, updated["batch_stats"])
+        def loss_fn(y):
+            return jnp.square(x - y).mean(), {}
 
-        return descent.step(loss, self._make_optimizer(), state, self.axis_name)
+        optimizer = self._make_optimizer()
+        return descent.step(network, optimizer, loss_fn, state, self.axis_name, x)
 
     def losses(
         self, model: Any, batch: Batch, step: Int[Array, ""]

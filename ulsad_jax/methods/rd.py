@@ -233,17 +233,13 @@ class ReverseDistillation(Method):
         """Takes one step of Adam on the levels' cosine distances."""
         del key
         levels = order_levels(batch)
+        student = self._make_student(read_kind(state.model))
 
-        def loss(params):
-            decoded, updated = self._make_student(read_kind(state.model)).apply(
-                state.model | {"params": params},
-                levels,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            return measure(levels, decoded).mean(), ({}, updated["batch_stats"])
+        def loss_fn(decoded):
+            return measure(levels, decoded).mean(), {}
 
-        return descent.step(loss, self._make_optimizer(), state, self.axis_name)
+        optimizer = self._make_optimizer()
+        return descent.step(student, optimizer, loss_fn, state, self.axis_name, levels)
 
     def losses(
         self, model: Any, batch: Batch, step: Int[Array, ""]

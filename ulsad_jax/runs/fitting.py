@@ -6,14 +6,16 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+import jax
 import numpy as np
 
+from ulsad_jax.methods.base import Method
 from ulsad_jax.metrics import image as image_metrics
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runs import loop, saved, steps, testing, validation
 from ulsad_jax.runs.category import CategoryRun
-from ulsad_jax.runtime import hosts, stages
+from ulsad_jax.runtime import stages
 from ulsad_jax.runtime.devices import host_bytes
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.runtime.profile import Profile
@@ -127,11 +129,12 @@ def make_trainer(
         writer: writer of the metrics.
         numbers: scalar arrays by config field, see `Method.trace`.
     """
-    config, train = run.config, normals.train
+    config, method = run.config, run.setup.method
     run.keep_data()
-    size = config.train.batch_size
-    rows, count = np.resize(np.arange(len(train)), size), min(len(train), size)
-    first = hosts.gather(sources.load(train, rows, count, run.devices))
+    size, count = config.train.batch_size, len(normals.train)
+    if type(method).adapt is not Method.adapt:  # others need no batch read for it
+        first = steps.fill_batch(np.arange(min(count, size)), size)
+        method = method.adapt(jax.device_get(sources.read(normals.train, *first)))
     validate = validation.make_validate(
         run.setup.method,
         normals.validation,
@@ -145,10 +148,10 @@ def make_trainer(
     return kind(
         config,
         run.name,
-        method=run.setup.method.adapt(first),
+        method=method,
         devices=run.devices,
         normals=normals,
-        spec=run.setup.spec(size, len(train)),
+        spec=run.setup.spec(size, count),
         validate=validate,
         store=store,
         writer=writer,

@@ -159,8 +159,7 @@ class Trainer:
     ) -> tuple[Int[np.ndarray, " b"], int]:
         """Returns the indices of batch i, padded, and their number before padding."""
         batch = self._config.train.batch_size
-        rows = order[i * batch : (i + 1) * batch]
-        return np.resize(rows, batch), len(rows)
+        return steps.fill_batch(order[i * batch : (i + 1) * batch], batch)
 
     def _count(self, step: int, losses: Mapping[str, jax.Array]) -> None:
         """Adds the losses of update number `step` to the sums of the epoch."""

@@ -159,6 +159,18 @@ def steps_per_epoch(
     return count_batches(count, batch_size, whole_only=whole_only)
 
 
+def fill_batch(
+    rows: Int[np.ndarray, " n"], batch_size: int
+) -> tuple[Int[np.ndarray, " b"], int]:
+    """Returns the rows of a batch, repeated to fill it up, and their number before.
+
+    Args:
+        rows: rows of the batch, at least one and at most `batch_size`.
+        batch_size: number of images in a batch.
+    """
+    return np.resize(rows, batch_size), len(rows)
+
+
 def count_epochs(train: ConfigDict, per_epoch: int) -> int:
     """Returns the number of epochs of a complete training.
 

@@ -106,25 +106,22 @@ class Ulsad(Method):
         self, state: State, batch: Batch, key: jax.Array
     ) -> tuple[State, dict[str, Float[Array, ""]]]:
         """Takes one step of Adam on the weighted sum of the terms."""
-
-        def loss(params):
-            outputs, updated = self.networks.apply(
-                {"params": params, "batch_stats": state.model["batch_stats"]},
-                batch.features,
-                batch.image,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            total, terms = self.loss_fn(
-                outputs,
-                step=state.step,
-                image=batch.image,
-                key=key,
-                numbers=self.numbers.get("losses"),
-            )
-            return total, (terms, updated["batch_stats"])
-
-        return descent.step(loss, self._make_optimizer(), state, self.axis_name)
+        loss_fn = functools.partial(
+            self.loss_fn,
+            step=state.step,
+            image=batch.image,
+            key=key,
+            numbers=self.numbers.get("losses"),
+        )
+        return descent.step(
+            self.networks,
+            self._make_optimizer(),
+            loss_fn,
+            state,
+            self.axis_name,
+            batch.features,
+            batch.image,
+        )
 
     def losses(
         self, model: Any, batch: Batch, step: Int[Array, ""]

@@ -27,6 +27,7 @@ def get_config(base: str = "quickstart") -> ConfigDict:
     config = sweep.get_config(base)
     config.score.fusion, config.score.top_share = "map", 0.0
     config.evaluation.pictures_per_type = 2
+    config.sweep.costs = True
     variants = {name: {"method": name, **own} for name, own in METHODS.items()}
     config.sweep.variants = ConfigDict(variants)
     return config

@@ -29,6 +29,9 @@ def add_sweep(config: ConfigDict) -> ConfigDict:
     # Whether to score the test images by other fusions, too: every map and score alone,
     # and the mean of raw maps.
     config.sweep.fusions = False
+    # Whether to measure what members cost. Each is then trained alone, on one device,
+    # and the three fields below are not used.
+    config.sweep.costs = False
     # How members are trained together: "vmap" at once, "loop" in turn through the same
     # program. Empty is "vmap", but "loop" on CPUs, where it is faster.
     config.sweep.backend = ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.struct
@@ -81,6 +81,11 @@ class Method:
     takes: ClassVar[str] = GRID
     # Number of passes over the training images; None for that of the config.
     num_epochs: ClassVar[int | None] = None
+    # Number of passes over the training images that was published; None for as many as
+    # are done here.
+    published_epochs: ClassVar[float | None] = None
+    # True: it reads the loss terms of `config.losses`.
+    takes_losses: ClassVar[bool] = False
     # True: a pass sees every image once, in order, and the last batch is padded. False:
     # images are shuffled, and an incomplete last batch is left out.
     sees_every_image: ClassVar[bool] = False
@@ -287,6 +292,24 @@ def check_names(maps: Iterable[str], scores: Iterable[str]) -> None:
         raise UserError(
             f"Expected a config.method with at least one map, found only scores "
             f"({', '.join(names)}). Join it with another, such as ulsad+pooled."
+        )
+
+
+def check_losses(reference: str, fields: Sequence[str]) -> None:
+    """Rejects loss terms of one's own for a method that would ignore them.
+
+    Args:
+        reference: `config.method`.
+        fields: fields of `config.losses` that are set.
+
+    Raises:
+        UserError: there are fields, and the method does not read them.
+    """
+    if fields and not find(reference).takes_losses:
+        raise UserError(
+            f"Expected no loss terms of yours with config.method={reference}, which "
+            f"has none, found values of {', '.join(fields)}. Leave them out, or take "
+            "ulsad; a class of your own that reads them says `takes_losses = True`."
         )
 
 

@@ -76,6 +76,7 @@ class Dfr(Method):
     """
 
     takes: ClassVar[str] = LEVELS
+    published_epochs: ClassVar[float | None] = 700
     rules: ClassVar[Mapping[str, Rule]] = {
         "methods.dfr.latent": at_least(0),
         "methods.dfr.variance": SHARE,

@@ -180,6 +180,7 @@ class ReverseDistillation(Method):
     """
 
     takes: ClassVar[str] = LEVELS
+    published_epochs: ClassVar[float | None] = 200
     rules: ClassVar[Mapping[str, Rule]] = {
         "methods.rd.learning_rate": POSITIVE,
         "methods.rd.b1": BELOW_ONE,

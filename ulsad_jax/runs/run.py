@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from ulsad_jax.methods import base as methods
+from ulsad_jax.methods.ulsad.losses import find_changed
 from ulsad_jax.metrics import base as metrics_base
 from ulsad_jax.metrics.values import with_nan
 from ulsad_jax.report import tables
@@ -39,6 +41,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
         errors.Interrupted: a signal was received; the state is saved.
     """
     config_lib.validate(config)
+    methods.check_losses(config.method, find_changed(config.losses))
     config = config_lib.resolve(config)
     hosts.check_same(config_lib.describe(config), "config")
     devices = devices_lib.find_devices(config.parallel.devices)

@@ -16,7 +16,8 @@ from ulsad_jax.sweep.wave import BACKENDS
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-FIELDS = ("grid", "variants", "fusions", "backend", "device_memory", "host_memory")
+FIELDS = ("grid", "variants", "fusions", "costs")
+FIELDS += ("backend", "device_memory", "host_memory")
 SEED = "seed"
 # Fields that the training step does not depend on: those of the data, the features,
 # validation and the loop.
@@ -219,8 +220,11 @@ def _make_member(
     parts = [variant] if variant else []
     parts += [f"{k}_{_show(v)}" for k, v in point.items() if k != SEED]
     name = files.safe_name("-".join([category, *parts, f"seed_{config.seed}"]))
+    # Those of the sweep's own config are for the members that read them.
+    losses = [field for field in fields if field.startswith("losses.")]
     try:
         config_lib.validate(config)
+        methods.check_losses(config.method, losses)
     except UserError as error:
         raise UserError(f"Member {name} of the sweep: {error}") from error
     setting = "-".join(parts) or "all"

@@ -23,8 +23,8 @@ from ulsad_jax.runs import run as run_lib
 from ulsad_jax.runs.category import CategoryRun
 from ulsad_jax.runtime import compilation, files, lock
 from ulsad_jax.runtime.devices import find_devices
-from ulsad_jax.runtime.errors import UserError
-from ulsad_jax.sweep import fusions, grid, memory, summary, wave
+from ulsad_jax.runtime.errors import Diverged, UserError
+from ulsad_jax.sweep import costs, fusions, grid, memory, summary, wave
 from ulsad_jax.sweep.shared import Source
 from ulsad_jax.trunks import features, sources
 from ulsad_jax.trunks.weights import Trunk, save_trunk
@@ -112,10 +112,13 @@ def _train(config: ConfigDict, workdir: Path) -> str:
         program = grid.program(job.member, traced), str(job.run.setup.features)
         programs.setdefault(program, []).append(job)
     for same in programs.values():
+        if config.sweep.costs:
+            _train_alone(same)
+            continue
         budget = memory.find_budget(config.sweep)
         _train_program(same, traced, budget, config.sweep.backend)
     for job in jobs:
-        _evaluate(job, with_fusions=config.sweep.fusions)
+        _evaluate(job, config.sweep)
     entries = [_entry(job) for job in jobs]
     told = summary.write(workdir, entries, traced)
     if all(entry.failure for entry in entries):
@@ -186,6 +189,18 @@ def _link_trunk(trunk: Trunk, path: Path, store: Path) -> None:
         os.link(shared, path)
     except OSError:
         shutil.copyfile(shared, path)
+
+
+def _train_alone(jobs: Sequence[Job]) -> None:
+    """Trains the unfinished members one by one, so that their times are their own."""
+    for job in jobs:
+        if _is_over(job):
+            continue
+        with lock.hold(job.folder):
+            try:
+                fitting.fit(job.run)
+            except Diverged as error:
+                files.replace(job.folder / files_of.DIVERGED, f"{error}\n")
 
 
 def _train_program(
@@ -291,7 +306,7 @@ def _trained_step(job: Job) -> int | None:
     return None
 
 
-def _evaluate(job: Job, *, with_fusions: bool) -> None:
+def _evaluate(job: Job, sweep: ConfigDict) -> None:
     """Evaluates a trained member, unless its folder already has the results."""
     step = _trained_step(job)
     if (job.folder / files_of.DIVERGED).exists() or step is None:
@@ -303,8 +318,10 @@ def _evaluate(job: Job, *, with_fusions: bool) -> None:
             testing.evaluate(run, step)
         if not evaluated or not (job.folder / files_of.RESULTS).exists():
             run_lib.collect(run.config, job.folder, [run.name], run.trunk)
-        if with_fusions:
+        if sweep.fusions:
             fusions.write(run, step, again=not evaluated)
+        if sweep.costs:
+            costs.write(run, step, again=not evaluated)
 
 
 def _entry(job: Job) -> summary.Entry:

@@ -14,6 +14,7 @@ from ulsad_jax.metrics.values import finite, mean_row, with_nan
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runtime import files
+from ulsad_jax.sweep import costs
 from ulsad_jax.sweep.fusions import FUSIONS
 from ulsad_jax.sweep.grid import Member
 
@@ -21,6 +22,7 @@ FORMAT = 1  # of results.json
 ALL_CATEGORIES = "mean"
 VALIDATION = "validation_loss"
 HEADLINE = "image_auroc"
+PERCENT = costs.Column("", 100, 1)
 
 
 class Entry(NamedTuple):
@@ -86,6 +88,8 @@ def read_entry(member: Member, folder: Path, *, failure: str) -> Entry:
     for fusion, values in scored.items():
         for name, value in with_nan(values).items():
             metrics[f"{fusion}: {name}"] = value
+    if (path := inside / costs.COSTS).exists():
+        metrics |= with_nan(json.loads(path.read_text()) | {"step": math.nan})
     return Entry(member, "", document["step"], metrics, losses)
 
 
@@ -147,6 +151,7 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
     files.replace(document, json.dumps(content, indent=2) + "\n")
     metrics = base.find(entries[0].member.config.evaluation.metrics)
     titles = base.columns(metrics) | {VALIDATION: "validation loss"}
+    titles |= {name: column.title for name, column in costs.COLUMNS.items()}
     lines = [table(groups, titles), *_tell(entries, best, on_test=on_test)]
     if any(HEADLINE in e.metrics for e in entries):
         _plot(plot, entries, groups)
@@ -159,7 +164,7 @@ def write(workdir: Path, entries: Sequence[Entry], traced: Sequence[str]) -> str
 def table(groups: Sequence[Group], titles: Mapping[str, str]) -> str:
     """Returns a text table with one line per group: mean and deviation over seeds.
 
-    Metrics are in percent.
+    Metrics are in percent, costs in the units of their titles.
 
     Args:
         groups: groups of members.
@@ -278,7 +283,9 @@ def _cell(name: str, of: Group) -> str:
     mean, std = of.mean.get(name, math.nan), of.std.get(name, math.nan)
     if math.isnan(mean):
         return "-"
-    scale, digits = (1, 4) if name == VALIDATION else (100, 1)
+    _, scale, digits = costs.COLUMNS.get(name, PERCENT)
+    if name == VALIDATION:
+        scale, digits = 1, 4
     text = f"{scale * mean:.{digits}f}"
     return text if math.isnan(std) else f"{text} ± {scale * std:.{digits}f}"
 

@@ -27,6 +27,7 @@ from ulsad_jax.methods.base import TOTAL
 from ulsad_jax.methods.ulsad.networks import Outputs
 from ulsad_jax.runtime import registry
 from ulsad_jax.runtime.errors import UserError, sentence, suggest
+from ulsad_jax.runtime.nested import flatten
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -105,6 +106,22 @@ TERMS: dict[str, LossTerm] = {
     "attention": attention_term,
     "consistency": consistency_term,
 }
+
+# The published terms, as in configs/default.py.
+PUBLISHED = {
+    name: {"term": name, "weight": 1.0, "cosine_weight": 0.5} for name in TERMS
+}
+
+
+def find_changed(losses: Mapping[str, Any]) -> list[str]:
+    """Returns the fields of `config.losses` that are not as published, by their paths.
+
+    Args:
+        losses: `config.losses`.
+    """
+    found, published = (dict(flatten(x, "losses.")) for x in (losses, PUBLISHED))
+    names = sorted(found.keys() | published.keys())
+    return [name for name in names if found.get(name) != published.get(name)]
 
 
 def make_loss_fn(config: Mapping[str, Mapping[str, Any]]) -> LossFn:

@@ -50,6 +50,8 @@ class Ulsad(Method):
             values that replace those of `terms` and `optimizer`.
     """
 
+    published_epochs: ClassVar[float | None] = 200
+    takes_losses: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule]] = {
         "model.local_width": Rule(
             lambda v: isinstance(v, int) and v >= 4 and v % 4 == 0,

@@ -11,19 +11,19 @@ dimensions here, and to a number that grows with that of the patches there. Patc
 noise whose variance falls from channel to channel.
 """
 
-import contextlib
 import importlib.util
 import math
-import multiprocessing
-import statistics
 import sys
-import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.turns import Side, clock, compare, format_row
 
 _PATCHES = flags.DEFINE_integer("patches", 20_000, "Patches to choose among.")
 _CHOSEN = flags.DEFINE_integer("chosen", 1000, "Patches to choose.", lower_bound=1)
@@ -44,56 +44,27 @@ def main(argv: list[str]) -> None:
     del argv
     if importlib.util.find_spec("anomalib") is None:
         sys.exit("Expected anomalib 2.7.0 and torch, found no anomalib. Install them.")
-    options = _PATCHES.value, _CHANNELS.value, _CHOSEN.value
     fewer = min(_FEWER.value or _CHOSEN.value, _CHOSEN.value)
-    ours = start(serve_ours, options)
-    theirs = start(serve_theirs, (*options[:2], fewer))
-    print("| what | ours, s | anomalib, s | ratio | lowest and highest of turns |")
+    sides = (
+        Side(
+            Ours, patches=_PATCHES.value, channels=_CHANNELS.value, chosen=_CHOSEN.value
+        ),
+        Side(Theirs, patches=_PATCHES.value, channels=_CHANNELS.value, chosen=fewer),
+    )
+    print("| what | ours | anomalib | ratio | turns |")
     print("|---|---|---|---|---|")
     for job in ("same points", "own projection"):
-        (_, rows), (_, others) = (ask(side, job) for side in (ours, theirs))  # compiles
+        (_, rows), (_, others) = (side.ask("select", job) for side in sides)  # compiles
         times = [
-            [ask(side, job)[0] for side in (ours, theirs)] for _ in range(_ROUNDS.value)
+            [side.ask("select", job)[0] for side in sides] for _ in range(_ROUNDS.value)
         ]
         a, b = zip(*times, strict=True)
         b = [seconds * _CHOSEN.value / fewer for seconds in b]
-        ratios = [x / y for x, y in zip(a, b, strict=True)]
-        a, b = statistics.median(a), statistics.median(b)
-        note = ""
+        name = f"{job}, {_CHOSEN.value} of {_PATCHES.value}"
         if job == "same points":
             equal = sum(x == y for x, y in zip(rows[:fewer], others, strict=True))
-            note = f", {equal} of {fewer} choices equal"
-        print(
-            f"| {job}, {_CHOSEN.value} of {_PATCHES.value}{note} | {a:.3g} | {b:.3g} "
-            f"| {a / b:.3f} | {min(ratios):.3f}, {max(ratios):.3f} |",
-            flush=True,
-        )
-
-
-def start(serve, options):
-    """Starts a process; returns the connection to it."""
-    context = multiprocessing.get_context("spawn")
-    connection, theirs = context.Pipe()
-    context.Process(target=serve, args=(theirs, *options), daemon=True).start()
-    theirs.close()
-    return connection
-
-
-def ask(connection, job: str) -> tuple[float, list[int]]:
-    """Returns seconds and the rows that were chosen."""
-    connection.send(job)
-    return connection.recv()
-
-
-def answer(connection, jobs) -> None:
-    """Runs jobs and measures them until the other process ends."""
-    with contextlib.suppress(EOFError):
-        while True:
-            job = jobs[connection.recv()]
-            started = time.perf_counter()
-            rows = job()
-            seconds = time.perf_counter() - started
-            connection.send((seconds, [int(row) for row in rows]))
+            name += f", {equal} of {fewer} choices equal"
+        print(format_row(compare(name, a, b)), flush=True)
 
 
 def draw(patches: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,49 +79,64 @@ def draw(patches: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
     return x, x @ (matrix / np.sqrt(np.float32(dimensions)))
 
 
-def serve_ours(connection, patches: int, channels: int, chosen: int) -> None:
-    """Answers with this package's coreset."""
-    from ulsad_jax.runtime import host_memory
+class Coreset:
+    """A side: its `jobs` return rows by name."""
 
-    host_memory.keep_freed()  # as train.py does
-    import jax
+    jobs: dict[str, Callable[[], Iterable[int]]]
 
-    from ulsad_jax.methods import patchcore
-
-    x, points = map(jax.device_put, draw(patches, channels))
-    key = jax.random.key(0)
-    jobs = {
-        "same points": lambda: np.asarray(patchcore.select_coreset(points, 0, chosen)),
-        "own projection": lambda: np.asarray(
-            patchcore.choose(key, x, count=chosen, dimensions=128)
-        ),
-    }
-    answer(connection, jobs)
+    def select(self, job: str) -> tuple[float, list[int]]:
+        """Returns seconds and the rows that were chosen."""
+        seconds, rows = clock(self.jobs[job])
+        return seconds, [int(row) for row in rows]
 
 
-def serve_theirs(connection, patches: int, channels: int, chosen: int) -> None:
-    """Answers with anomalib's coreset."""
-    from unittest import mock
+class Ours(Coreset):
+    """This package's coreset."""
 
-    import torch
-    from anomalib.models.components import KCenterGreedy
+    def __init__(self, patches: int, channels: int, chosen: int):
+        """Draws the patches."""
+        from ulsad_jax.runtime import host_memory
 
-    x, points = map(torch.tensor, draw(patches, channels))
+        host_memory.keep_freed()  # as train.py does
+        import jax
 
-    def select(x, own_projection):
-        sampler = KCenterGreedy(x, (chosen + 0.5) / len(x))
-        if own_projection:
-            return sampler.select_coreset_idxs()
-        sampler.model.fit, sampler.model.transform = lambda _: None, lambda x: x
-        with mock.patch("torch.randint", return_value=torch.tensor([0])):
-            return sampler.select_coreset_idxs()
+        from ulsad_jax.methods import patchcore
 
-    jobs = {
-        "same points": lambda: select(points, own_projection=False),
-        "own projection": lambda: select(x, own_projection=True),
-    }
-    with torch.no_grad():
-        answer(connection, jobs)
+        x, points = map(jax.device_put, draw(patches, channels))
+        key = jax.random.key(0)
+        self.jobs = {
+            "same points": lambda: np.asarray(
+                patchcore.select_coreset(points, 0, chosen)
+            ),
+            "own projection": lambda: np.asarray(
+                patchcore.choose(key, x, count=chosen, dimensions=128)
+            ),
+        }
+
+
+class Theirs(Coreset):
+    """anomalib's coreset."""
+
+    def __init__(self, patches: int, channels: int, chosen: int):
+        """Draws the patches."""
+        import torch
+        from anomalib.models.components import KCenterGreedy
+
+        torch.set_grad_enabled(False)
+        x, points = map(torch.tensor, draw(patches, channels))
+
+        def select(x, own_projection):
+            sampler = KCenterGreedy(x, (chosen + 0.5) / len(x))
+            if own_projection:
+                return sampler.select_coreset_idxs()
+            sampler.model.fit, sampler.model.transform = lambda _: None, lambda x: x
+            with mock.patch("torch.randint", return_value=torch.tensor([0])):
+                return sampler.select_coreset_idxs()
+
+        self.jobs = {
+            "same points": lambda: select(points, own_projection=False),
+            "own projection": lambda: select(x, own_projection=True),
+        }
 
 
 if __name__ == "__main__":

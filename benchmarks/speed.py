@@ -11,7 +11,6 @@ run before anything is timed. On a GPU that both find, the same commands measure
 
 import json
 import math
-import multiprocessing
 import os
 import platform
 import statistics
@@ -23,6 +22,8 @@ import numpy as np
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.turns import Side, compare, format_row
 
 _ONLY = flags.DEFINE_list("only", ["step", "predict", "fit"], "Which rows to measure.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each side.", lower_bound=1)
@@ -76,28 +77,6 @@ TOLERANCES = {
 }
 
 
-class Side:
-    """A process that measures one library."""
-
-    def __init__(self, name: str, **options):
-        """Starts `speed_sides.serve`."""
-        from benchmarks import speed_sides
-
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=speed_sides.serve, args=(theirs, name, options), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        self.versions = self._connection.recv()
-
-    def ask(self, job: str, *arguments):
-        """Runs a job there and waits for its result."""
-        self._connection.send((job, arguments))
-        return self._connection.recv()
-
-
 def main(argv: list[str]) -> None:
     """Compares, measures and prints."""
     del argv
@@ -108,7 +87,7 @@ def main(argv: list[str]) -> None:
     first = ours.ask("first_calls")
     report = {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": ours.versions | theirs.versions,
+        "versions": ours.ask("read_versions") | theirs.ask("read_versions"),
         "dtype": _DTYPE.value,
         "batch": _BATCH.value,
         "image_size": _SIZE.value,
@@ -126,6 +105,8 @@ def main(argv: list[str]) -> None:
 
 def start_sides(weights: str) -> tuple[Side, Side]:
     """Ours first: it writes the weights that PyTorch's reads."""
+    from benchmarks import speed_sides
+
     options = {
         "size": _SIZE.value,
         "batch": _BATCH.value,
@@ -134,8 +115,13 @@ def start_sides(weights: str) -> tuple[Side, Side]:
         "training_layout": _LAYOUT.value,
         "compiled": _COMPILED.value,
     }
-    ours = Side("jax", memory_kept=True, **options)  # as train.py does
-    return ours, Side("torch", memory_kept=_MEMORY_KEPT.value, **options)
+    # Ours keeps freed memory, as train.py does.
+    ours = Side(speed_sides.make, side="jax", memory_kept=True, **options)
+    ours.ask("read_versions")  # returns when the weights are written
+    theirs = Side(
+        speed_sides.make, side="torch", memory_kept=_MEMORY_KEPT.value, **options
+    )
+    return ours, theirs
 
 
 def check_equal(ours: Side, theirs: Side) -> None:
@@ -205,20 +191,6 @@ def make_rows(times: dict[str, list[float]], first: dict[str, float]) -> list[di
     return rows
 
 
-def compare(name: str, ours: list[float], theirs: list[float]) -> dict:
-    """Medians, their ratio, and the extremes of the ratio among the turns."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    a, b = statistics.median(ours), statistics.median(theirs)
-    return {
-        "name": name,
-        "ours": a,
-        "theirs": b,
-        "ratio": a / b,
-        "lowest": min(ratios),
-        "highest": max(ratios),
-    }
-
-
 def compare_fit(times: dict[str, list[float]], first: dict[str, float]) -> dict:
     """A whole fit, put together from measured parts.
 
@@ -246,13 +218,10 @@ def compare_fit(times: dict[str, list[float]], first: dict[str, float]) -> dict:
 
 def print_table(report: dict) -> None:
     """Prints the rows as Markdown, and images/s and TFLOP/s of inference."""
-    print("| what | ours, s | PyTorch, s | ratio | lowest and highest of turns |")
+    print("| what | ours | PyTorch | ratio | turns |")
     print("|---|---|---|---|---|")
     for row in report["rows"]:
-        print(
-            f"| {row['name']} | {row['ours']:.3g} | {row['theirs']:.3g} "
-            f"| {row['ratio']:.2f} | {row['lowest']:.2f}, {row['highest']:.2f} |"
-        )
+        print(format_row(row))
     for batch in (_BATCH.value, 1):
         if seconds := report["seconds"].get(f"ours predict {batch}"):
             images = batch / statistics.median(seconds)

@@ -1,21 +1,17 @@
 """The two sides of `benchmarks/speed.py`, each in a process of its own.
 
-A side's methods are jobs. `serve` runs one when the parent asks, and sleeps until then,
-so that the other side has the machine to itself. A timed job returns its seconds; the
-work is done when it returns.
+A timed method returns its seconds; the work is done when it returns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
+from benchmarks.turns import clock
 from ulsad_jax.runtime import host_memory
 
 ARCHITECTURE = "wide_resnet50_2"
@@ -24,23 +20,11 @@ TERMS = ("local", "attention", "consistency")
 OFFSETS, SCALES = (0.5, 1.0), (0.25, 0.125)
 
 
-def serve(connection: Connection, side: str, options: dict[str, Any]) -> None:
-    """Answers (job, arguments) with the job's result until the parent is gone."""
-    if options.pop("memory_kept"):
+def make(*, side: str, memory_kept: bool, **options: Any) -> JaxSide | TorchSide:
+    """Returns a side; its process keeps freed memory if `memory_kept`."""
+    if memory_kept:
         host_memory.keep_freed()
-    worker = {"jax": JaxSide, "torch": TorchSide}[side](**options)
-    connection.send(worker.versions)
-    with contextlib.suppress(EOFError):
-        while True:
-            job, arguments = connection.recv()
-            connection.send(getattr(worker, job)(*arguments))
-
-
-def clock(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result of one call."""
-    started = time.perf_counter()
-    result = function()
-    return time.perf_counter() - started, result
+    return {"jax": JaxSide, "torch": TorchSide}[side](**options)
 
 
 def make_images(count: int, size: int) -> np.ndarray:
@@ -107,6 +91,10 @@ class JaxSide:
         networks = jax.tree.map(np.array, self.state.model)
         self.weights = make_weights(variables, self.statistics, networks)
         save_weights(weights, trunk, self.statistics, networks)
+
+    def read_versions(self) -> dict[str, str]:
+        """Versions of the libraries."""
+        return self.versions
 
     def results(self, training: bool, inference: bool) -> dict[str, np.ndarray]:
         """What both sides have to agree on; in training by two steps."""
@@ -273,6 +261,10 @@ class TorchSide:
         )
         self.images = make_images(batch, size)
         self.features = self._features(self.images)
+
+    def read_versions(self) -> dict[str, str]:
+        """Versions of the libraries."""
+        return self.versions
 
     def results(self, training: bool, inference: bool) -> dict[str, np.ndarray]:
         """What both sides have to agree on; in training by two steps."""

@@ -558,6 +558,8 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
         ),
         ({"method": "padim", "methods.padim": {"chanels": 3}}, "mean 'channels'"),
         ({"method": "tests.test_methods:Pixels", "methods.Pixels": {"x": 1}}, "'x'"),
+        ({"method": "rd", "methods.rd": {"kind": "wide"}}, "found 'kind'"),
+        ({"method": "rd", "methods.rd": {"dtype": "bfloat16"}}, "found 'dtype'"),
     ],
     ids=str,
 )

@@ -512,6 +512,25 @@ def test_waves():
     assert alone == [["a"], ["b"]]
 
 
+def test_a_wave_has_room_for_its_largest_member(tmp_path):
+    """Students of reverse distillation on other trunks are members of one program."""
+
+    def estimate(*architectures):
+        jobs = []
+        for name in architectures:
+            changes = {"method": "rd", "trunk.architecture": name}
+            config = config_lib.resolve(runs.make_config(tmp_path, changes))
+            run = SimpleNamespace(
+                setup=setup.make(config), data=SimpleNamespace(train=[0])
+            )
+            jobs.append(SimpleNamespace(run=run, member=SimpleNamespace(config=config)))
+        return sweep._estimate_bytes(jobs)
+
+    small, large = estimate("resnet18"), estimate("resnet50")
+    assert small < large
+    assert estimate("resnet18", "resnet50") == estimate("resnet50", "resnet18") == large
+
+
 def test_estimate_grows_with_what_it_counts():
     config, made = make_parts()
     spec = made.spec(4)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 GRID, LEVELS, IMAGES = "grid", "levels", "images"  # values of `Method.takes`
 TOTAL = "total"  # the loss that ranks checkpoints
+FROM_RUN = {"from": "run"}  # metadata of fields that are not those of `config.methods`
 # Names that would collide with the columns and fields of a result.
 RESERVED = ("normalized", "anomaly", "image", "mask")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -66,9 +67,9 @@ class State:
 class Method:
     """Base class of methods: immutable hyperparameters and pure functions.
 
-    Fields must be hashable: equal methods share one compiled program. `dtype` and
-    `axis_name` come from the run. The other fields of a subclass are those of
-    `config.methods.<name>`, with their defaults.
+    Fields must be hashable: equal methods share one compiled program. Those with the
+    metadata `FROM_RUN` come from the run, as `dtype` and `axis_name` do. The other
+    fields of a subclass are those of `config.methods.<name>`, with their defaults.
 
     Attributes:
         dtype: computation type, "float32" or "bfloat16".
@@ -92,8 +93,8 @@ class Method:
     # What values of config fields have to be, by the fields' paths.
     rules: ClassVar[Mapping[str, Rule]] = {}
 
-    dtype: str = "float32"
-    axis_name: str | None = None
+    dtype: str = dataclasses.field(default="float32", metadata=FROM_RUN)
+    axis_name: str | None = dataclasses.field(default=None, metadata=FROM_RUN)
 
     @classmethod
     def from_config(cls, config: ConfigDict, name: str) -> Method:
@@ -108,8 +109,8 @@ class Method:
                 it.
         """
         fields = dict(config.methods.get(name, {}))
-        known = {field.name for field in dataclasses.fields(cls)}
-        known -= {field.name for field in dataclasses.fields(Method)}
+        declared = dataclasses.fields(cls)
+        known = {field.name for field in declared if field.metadata != FROM_RUN}
         for field in sorted(fields.keys() - known):
             raise UserError(
                 f"Expected config.methods.{name} to hold fields of {name} "

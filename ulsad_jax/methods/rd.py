@@ -18,7 +18,15 @@ import optax
 from jax.typing import DTypeLike
 
 from ulsad_jax.methods import descent
-from ulsad_jax.methods.base import LEVELS, TOTAL, Batch, Method, Spec, State
+from ulsad_jax.methods.base import (
+    FROM_RUN,
+    LEVELS,
+    TOTAL,
+    Batch,
+    Method,
+    Spec,
+    State,
+)
 from ulsad_jax.nn.layers import BatchNorm, Conv, ConvTranspose
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.runtime.rules import BELOW_ONE, POSITIVE, Rule
@@ -190,7 +198,7 @@ class ReverseDistillation(Method):
     learning_rate: float = 0.005
     b1: float = 0.5
     b2: float = 0.999
-    kind: Kind = RESNET18
+    kind: Kind = dataclasses.field(default=RESNET18, metadata=FROM_RUN)
 
     @classmethod
     def from_config(cls, config: ConfigDict, name: str) -> ReverseDistillation:

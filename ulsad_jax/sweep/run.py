@@ -203,6 +203,18 @@ def _train_alone(jobs: Sequence[Job]) -> None:
                 files.replace(job.folder / files_of.DIVERGED, f"{error}\n")
 
 
+def _estimate_bytes(jobs: Sequence[Job]) -> int:
+    """Estimates the device memory of the largest member of a program.
+
+    Members of one program may differ in size: students of reverse distillation have the
+    blocks of their trunk.
+    """
+    batch_size = jobs[0].member.config.train.batch_size
+    count = max(len(job.run.data.train) for job in jobs)
+    setups = {job.run.setup for job in jobs}
+    return max(s.method.estimate_bytes(s.spec(batch_size, count)) for s in setups)
+
+
 def _train_program(
     jobs: Sequence[Job], traced: Sequence[str], budget: memory.Budget, backend: str
 ) -> None:
@@ -212,9 +224,8 @@ def _train_program(
         return
     # Group members of equal length, and those that share features.
     left.sort(key=lambda job: (fitting.count_steps(job.run), str(job.source)))
-    made, config = left[0].run.setup, left[0].member.config
-    count = max(len(job.run.data.train) for job in left)
-    size = made.method.estimate_bytes(made.spec(config.train.batch_size, count))
+    made = left[0].run.setup
+    size = _estimate_bytes(left)
     waves = memory.cut_waves(
         left,
         item_bytes=size,

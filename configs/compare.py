@@ -12,6 +12,7 @@ METHODS = {
     "pca": {"trunk": {"whiten": "never"}},
     "dfr": {},
     "rd": {},
+    "fastflow": {},
 }
 
 

@@ -13,6 +13,7 @@ METHODS = {
     "dfr": {},
     "rd": {},
     "fastflow": {},
+    "cflow": {},
 }
 
 

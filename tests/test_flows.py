@@ -12,11 +12,15 @@ from flax import traverse_util
 
 from tests import runs
 from tests.goldens import flows as golden
-from ulsad_jax.methods.base import TOTAL, Batch
-from ulsad_jax.methods.flows import CLAMP, FastFlow, Flow, list_levels
+from ulsad_jax.methods.base import TOTAL, Batch, State
+from ulsad_jax.methods.flows import Cflow, FastFlow, list_levels
+from ulsad_jax.nn.flow import Flow, encode_positions
 from ulsad_jax.nn.layers import Conv
 from ulsad_jax.runs import steps
 from ulsad_jax.runtime.errors import UserError
+
+CLAMP = 2.0
+PARTS = ("likelihoods", "losses", "highest")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +40,11 @@ def make_spec(shapes=golden.LEVELS):
     return steps.make_spec(golden.BATCH, golden.SIZE, features)
 
 
-def fill(variables):
+def fill(variables, prefix=""):
     """The golden's arrays in a tree of the same shapes."""
     flat = traverse_util.flatten_dict(variables, sep="/")
-    filled = {k: golden.fill(k.partition("/")[2], x.shape) for k, x in flat.items()}
+    names = {k: prefix + k.partition("/")[2] for k in flat}
+    filled = {k: golden.fill(names[k], x.shape) for k, x in flat.items()}
     return traverse_util.unflatten_dict(filled, sep="/")
 
 
@@ -74,26 +79,69 @@ def test_fastflow_is_anomalibs(stored, batch):
     np.testing.assert_allclose(found, stored["fastflow/moments"], rtol=1e-4)
 
 
-def make_flow(shape, **fields):
-    """A small flow, its variables, and its input."""
-    flow = Flow((3, 1, 3), 1.5, CLAMP, **fields)
-    x = np.random.default_rng(0).standard_normal(shape, np.float32)
-    return flow, fill(flow.init(jax.random.key(0), x)), x
+def test_cflow_is_anomalibs(stored, batch):
+    method = Cflow(
+        steps=golden.STEPS,
+        condition=golden.CONDITION,
+        positions=golden.POSITIONS,
+        learning_rate=1e-3,
+    )
+    state = steps.make_init(method, make_spec())(jax.random.key(0))
+    flows = {k: fill(x, f"{k}/") for k, x in state.model["flows"].items()}
+    likelihoods, moments = {}, {}
+    for name, x in batch.features.items():
+        own = {part: stored[f"cflow/{name}/{part}"] for part in PARTS}
+        likelihoods[name] = own["likelihoods"]
+        level = State(state.step, flows[name], state.training[name])
+        level, found = jax.jit(method.take_steps)(level, x, golden.order(name))
+        assert_near(found[TOTAL], own["losses"])
+        assert_near(found["highest"], own["highest"])
+        moments[name] = level.training[0].mu
+    moments = traverse_util.flatten_dict(moments, sep="/")
+    assert moments.keys() == {*stored["cflow/names"]}
+    found = [np.linalg.norm(moments[name]) for name in stored["cflow/names"]]
+    np.testing.assert_allclose(found, stored["cflow/moments"], rtol=1e-4)
+    # The program's maps are relative to the largest ones of the images.
+    highest = {name: x.max() for name, x in likelihoods.items()}
+    model = {"flows": flows, "highest": highest}
+    found = method.maps(model, batch)["conditional"]
+    assert_near(found - found.min(), stored["cflow/map"])
+    losses = [np.log1p(np.exp(-x)).ravel() for x in likelihoods.values()]
+    validation = method.losses(model, batch, state.step)[TOTAL]
+    assert_near(validation, np.concatenate(losses).mean())
+
+
+def make_flow(shape, *, rotate=False, **fields):
+    """A small flow, its variables, and its inputs."""
+    flow = Flow((3, 1, 3), 1.5, CLAMP, rotate, **fields)
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((*shape[:-1], n), np.float32) for n in (shape[-1], 4)]
+    inputs = inputs if rotate else inputs[:1]
+    return flow, fill(flow.init(jax.random.key(0), *inputs)), *inputs
 
 
 @pytest.mark.parametrize("channels", [2, 5])
-def test_log_determinant_is_that_of_the_jacobian(channels):
+@pytest.mark.parametrize("rotate", [False, True])
+def test_log_determinant_is_that_of_the_jacobian(channels, rotate):
     shape = (1, 3, 2, channels)
-    flow, variables, x = make_flow(shape)
-    size = np.prod(shape)
+    flow, variables, x, *condition = make_flow(shape, rotate=rotate)
 
     def run(flat):
-        return flow.apply(variables, flat.reshape(shape))[0].ravel()
+        return flow.apply(variables, flat.reshape(shape), *condition)[0].ravel()
 
     sign, expected = np.linalg.slogdet(jax.jacobian(run)(x.ravel()))
-    found = flow.apply(variables, x)[1].sum()
-    assert abs(sign) == 1 and size == 6 * channels
+    found = flow.apply(variables, x, *condition)[1].sum()
+    assert abs(sign) == pytest.approx(1)
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_rotations_are_drawn_once_and_keep_lengths():
+    flow = Flow((1, 1), 2.0, CLAMP, True)
+    x = np.ones((1, 1, 1, 6), np.float32)
+    fixed = flow.init(jax.random.key(0), x)["fixed"]
+    one, other = (fixed[f"steps_{i}"]["rotation"] for i in (0, 1))
+    np.testing.assert_allclose(one @ one.T, np.eye(6), atol=1e-6)
+    assert np.abs(one - other).max() > 0.1
 
 
 def undo(params, order, kernel, y):
@@ -129,7 +177,32 @@ def test_log_determinants_are_float32(dtype):
     np.testing.assert_allclose(log_determinant, expected, atol=0.1)
 
 
-@pytest.mark.parametrize("method", [FastFlow()])
+def test_positions_have_codes_of_their_own():
+    codes = encode_positions(64, 32, 128)
+    assert codes.shape == (64, 32, 128) and codes.dtype == np.float32
+    assert len(np.unique(codes.reshape(-1, 128).round(3), axis=0)) == 64 * 32
+    np.testing.assert_array_equal(codes[3, :, :64], codes[60, :, :64])
+    np.testing.assert_array_equal(codes[:, 3, 64:], codes[:, 30, 64:])
+
+
+@pytest.mark.parametrize(("positions", "count"), [(48, 3), (999, 1)])
+def test_a_step_of_cflow_takes_some_positions_or_all(batch, positions, count):
+    method = Cflow(steps=2, condition=8, positions=positions)
+    state = steps.make_init(method, make_spec())(jax.random.key(0))
+    update = jax.jit(method.update)
+    state, losses = update(state, batch, jax.random.key(1))
+    assert int(state.step) == 1 and losses.keys() == {TOTAL}
+    taken = {name: int(own[0].count) for name, own in state.training.items()}
+    assert taken == {"layer1": count, "layer2": 1}
+    for i in range(3):
+        last, state = state, update(state, batch, jax.random.key(i))[0]
+    highest, new = last.model["highest"], state.model["highest"]
+    assert all(new[name] > highest[name] for name in golden.LEVELS)  # it has learnt
+    found = method.maps(state.model, batch)["conditional"]
+    assert found.shape == (golden.BATCH, *golden.SIZE)
+
+
+@pytest.mark.parametrize("method", [FastFlow(), Cflow()])
 def test_a_level_of_one_channel_cannot_be_split(method):
     assert method.check(make_spec()) == ""
     with pytest.raises(UserError, match="found one in layer2"):

@@ -1,10 +1,12 @@
-"""Implements methods of normalizing flows: FastFlow, of whole levels.
+"""Implements methods of normalizing flows: FastFlow of levels, CFLOW of positions.
 
 A flow is an invertible function from features to as many normal variables. Where these
 are far from 0, the features are unlikely.
 
 Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing
-Flows", 2021, arXiv 2111.07677. A step of a flow is that of the library FrEIA.
+Flows", 2021, arXiv 2111.07677. Gudovskiy, Ishizaka & Kozuka, "CFLOW-AD: Real-Time
+Unsupervised Anomaly Detection with Localization via Conditional Normalizing Flows",
+WACV 2022, arXiv 2107.12571.
 """
 
 from __future__ import annotations
@@ -19,113 +21,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
 from ulsad_jax.methods import descent
-from ulsad_jax.methods.base import LEVELS, TOTAL, Batch, Method, Spec, State
-from ulsad_jax.nn.layers import Conv, resize
+from ulsad_jax.methods.base import (
+    LEVELS,
+    TOTAL,
+    Batch,
+    Method,
+    Spec,
+    State,
+    count_bytes,
+)
+from ulsad_jax.nn.flow import Flow, encode_positions
+from ulsad_jax.nn.layers import resize
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.runtime.rules import BOOLEAN, NOT_NEGATIVE, POSITIVE, Rule, at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
+    from ulsad_jax.nn.flow import Output
+
     Levels = list[Float[Array, "b h w c"]]  # in the order of their names
-    Outputs = list[tuple[Float[Array, "b h w c"], Float[Array, "b h w"]]]
 
-FIXED = "fixed"  # variables that are drawn, and not trained
 EPSILON = 1e-5  # added to variances, as in PyTorch
-CLAMP = 2.0  # FastFlow's `Step.clamp`
-
-
-class Step(nn.Module):
-    """One step of a flow: an affine coupling, a scale and offset, and a permutation.
-
-    The first half of the channels says how the second one is scaled and shifted.
-
-    Attributes:
-        kernel: height and width of the kernels of both convolutions.
-        ratio: number of hidden channels, in channels of the input of the first one.
-        clamp: bound of the logarithms by which the second half is scaled.
-        dtype: computation type of the convolutions.
-    """
-
-    kernel: int
-    ratio: float
-    clamp: float
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w"]]:
-        """Returns the variables, and the positions' part in the log-determinant."""
-        channels = x.shape[-1]
-        first, second = jnp.split(x, [channels - channels // 2], axis=-1)
-        answer = 0.1 * self._ask(first, 2 * second.shape[-1])
-        log_scale, shift = jnp.split(answer, 2, axis=-1)
-        log_scale = self.clamp * jnp.tanh(log_scale)
-        second = second * jnp.exp(log_scale) + shift
-
-        initial = nn.initializers.constant(2 * math.log(math.expm1(5)))  # a scale of 1
-        scale = 0.2 * nn.softplus(self.param("global_scale", initial, channels) / 2)
-        offset = self.param("global_offset", nn.initializers.zeros, channels)
-        x = jnp.concatenate([first, second], axis=-1) * scale + offset
-        log_determinant = log_scale.sum(-1) + jnp.log(scale).sum()
-        return self._mix(x), log_determinant
-
-    def _ask(
-        self, x: Float[Array, "b h w i"], outputs: int
-    ) -> Float[Array, "b h w outputs"]:
-        """Returns the answer of two convolutions."""
-        size, padding = (self.kernel, self.kernel), self.kernel // 2
-        hidden = max(int(self.ratio * x.shape[-1]), 1)
-        for i, features in ((0, hidden), (2, outputs)):
-            conv = Conv(
-                features, size, padding=padding, dtype=self.dtype, name=f"subnet_{i}"
-            )
-            x = conv(nn.relu(x) if i else x)
-        return x.astype(jnp.float32)
-
-    def _mix(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Puts the channels into an order that is drawn once."""
-
-        def draw():
-            return jax.random.permutation(self.make_rng("params"), x.shape[-1])
-
-        return x[..., self.variable(FIXED, "order", draw).value]
-
-
-class Flow(nn.Module):
-    """Steps of a flow, one after another.
-
-    Attributes:
-        kernels: the steps' kernels, see `Step`.
-        ratio: see `Step`.
-        clamp: see `Step`.
-        dtype: see `Step`.
-    """
-
-    kernels: tuple[int, ...]
-    ratio: float
-    clamp: float
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w"]]:
-        """Returns the normal variables, and the positions' part in the log-determinant.
-
-        The logarithm of the determinant of the flow's Jacobian is the sum over the
-        positions. It is float32 for every `dtype`.
-        """
-        total = jnp.zeros(x.shape[:3])
-        for i, kernel in enumerate(self.kernels):
-            step = Step(kernel, self.ratio, self.clamp, self.dtype, name=f"steps_{i}")
-            x, log_determinant = step(x)
-            total += log_determinant
-        return x, total
+FASTFLOW_CLAMP, CFLOW_CLAMP = 2.0, 1.9  # `Step.clamp`
+CFLOW_RATIO = 2.0  # `Step.ratio`
 
 
 class LevelNorm(nn.Module):
@@ -151,7 +72,7 @@ class FlowOfLevels(nn.Module):
     make_flow: Callable[..., Flow]
 
     @nn.compact
-    def __call__(self, levels: Levels) -> Outputs:
+    def __call__(self, levels: Levels) -> list[Output]:
         """Returns what `Flow` returns, for each level."""
         outputs = []
         for i, x in enumerate(levels):
@@ -205,7 +126,7 @@ class FastFlow(Method):
         """Takes one step of Adam on the negative log-likelihood of the levels."""
         del key
 
-        def loss_fn(outputs: Outputs):
+        def loss_fn(outputs: list[Output]):
             return measure(outputs).mean(), {}
 
         return descent.step(
@@ -245,8 +166,8 @@ class FastFlow(Method):
     def _network(self) -> FlowOfLevels:
         small = 3 if self.conv3x3_only else 1
         kernels = tuple(small if i % 2 else 3 for i in range(self.steps))
-        settings = kernels, self.ratio, CLAMP, jnp.dtype(self.dtype)
-        return FlowOfLevels(functools.partial(Flow, *settings))
+        settings = self.ratio, FASTFLOW_CLAMP, False, jnp.dtype(self.dtype)
+        return FlowOfLevels(functools.partial(Flow, kernels, *settings))
 
     def _make_optimizer(self) -> optax.GradientTransformation:
         return optax.chain(
@@ -254,7 +175,166 @@ class FastFlow(Method):
         )
 
 
-METHODS = {"fastflow": FastFlow}
+@dataclasses.dataclass(frozen=True)
+class Cflow(Method):
+    """CFLOW; the map is the sum over the levels of how unlikely a position is.
+
+    The features of each position are variables by themselves, under the condition of
+    where the position is. `highest`, in the model, are the levels' highest
+    log-likelihoods in the last update.
+
+    Attributes:
+        steps: number of a flow's steps.
+        condition: number of channels of the code of a position.
+        positions: number of positions, of all images of a batch, in a step of Adam; all
+            of a level with fewer.
+        learning_rate: Adam's.
+    """
+
+    takes: ClassVar[str] = LEVELS
+    published_epochs: ClassVar[float | None] = 200
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "methods.cflow.steps": at_least(1),
+        "methods.cflow.condition": Rule(
+            lambda v: isinstance(v, int) and v > 0 and v % 4 == 0, "a multiple of 4"
+        ),
+        "methods.cflow.positions": at_least(1),
+        "methods.cflow.learning_rate": POSITIVE,
+    }
+
+    steps: int = 8
+    condition: int = 128
+    positions: int = 256
+    learning_rate: float = 2e-4
+
+    def check(self, spec: Spec) -> str:
+        """Checks that every level can be split, see `check_levels`."""
+        check_levels(spec)
+        return ""
+
+    def init(self, key: jax.Array, spec: Spec) -> State:
+        """Draws the initial weights and initialises each level's Adam."""
+        states = {}
+        for i, (name, x) in enumerate(sorted(spec.batch.features.items())):
+            key_of_level, shapes = jax.random.fold_in(key, i), self._shapes(x)
+            states[name] = descent.init(
+                self._flow, self._make_optimizer(), key_of_level, *shapes
+            )
+        highest = dict.fromkeys(states, jnp.zeros(()))
+        return _join(jnp.zeros((), jnp.int32), states, highest)
+
+    def update(
+        self, state: State, batch: Batch, key: jax.Array
+    ) -> tuple[State, dict[str, Float[Array, ""]]]:
+        """Takes steps of Adam on positions in a random order, level by level.
+
+        The loss is the mean of those before each step.
+        """
+        states, losses, highest = {}, {}, {}
+        for i, (name, x) in enumerate(sorted(batch.features.items())):
+            own = State(state.step, state.model["flows"][name], state.training[name])
+            order = jax.random.permutation(jax.random.fold_in(key, i), x[..., 0].size)
+            states[name], found = self.take_steps(own, x, order)
+            losses[name], highest[name] = found[TOTAL].mean(), found["highest"].max()
+        total = average_levels(losses, batch)
+        return _join(state.step + 1, states, highest), {TOTAL: total}
+
+    def take_steps(
+        self, state: State, x: Float[Array, "b h w c"], order: Int[Array, " bhw"]
+    ) -> tuple[State, dict[str, Float[Array, " steps"]]]:
+        """Takes the steps of one level.
+
+        Args:
+            state: state of the level's flow.
+            x: level.
+            order: order of its positions, those of the first image being 0, 1, ...
+
+        Returns:
+            The state after the last step; and of each step, the loss before it and the
+            `highest` log-likelihood.
+        """
+        axis = self.axis_name
+        shares = 1 if axis is None else jax.lax.axis_size(axis)
+        count = min(max(self.positions // shares, 1), len(order))
+        steps = len(order) // count
+        codes = encode_positions(*x.shape[1:3], self.condition)
+        codes = jnp.asarray(codes).reshape(-1, 1, 1, self.condition)
+        x = x.reshape(-1, 1, 1, x.shape[-1])
+
+        def loss_fn(output: Output):
+            found = find_log_likelihoods(output)
+            highest = jax.lax.stop_gradient(found).max()
+            if axis is not None:
+                highest = jax.lax.pmax(highest, axis)
+            return -nn.log_sigmoid(found).mean(), {"highest": highest}
+
+        def take_step(state: State, rows: Int[Array, " n"]):
+            inputs = x[rows], codes[rows % len(codes)]
+            optimizer = self._make_optimizer()
+            return descent.step(self._flow, optimizer, loss_fn, state, axis, *inputs)
+
+        rows = order[: steps * count].reshape(steps, count)
+        return jax.lax.scan(take_step, state, rows)
+
+    def losses(
+        self, model: Any, batch: Batch, step: Int[Array, ""]
+    ) -> dict[str, Float[Array, ""]]:
+        """Returns the loss."""
+        del step
+        valid = batch.valid[:, None, None]
+        losses = {
+            name: -nn.log_sigmoid(found).mean(where=valid)
+            for name, found in self._find_all(model, batch).items()
+        }
+        return {TOTAL: average_levels(losses, batch)}
+
+    def maps(self, model: Any, batch: Batch) -> dict[str, Float[Array, "b h w"]]:
+        """Returns the map `conditional`, in which 0 is likely.
+
+        It is the sum over the levels of 1 less a likelihood, as a share of the highest
+        one that was found in training.
+        """
+        size, total = batch.image.shape[1:3], 0.0
+        for name, found in self._find_all(model, batch).items():
+            unlikely = 1 - jnp.exp(found - model["highest"][name])
+            total += resize(unlikely[..., None], size, aligned=True)[..., 0]
+        return {"conditional": total}
+
+    def estimate_bytes(self, spec: Spec) -> int:
+        """Estimates the device memory of a step, see `descent.estimate_bytes`."""
+        shapes = map(self._shapes, spec.batch.features.values())
+        flows = sum(descent.estimate_bytes(self._flow, *own) for own in shapes)
+        return flows + 2 * count_bytes(spec.batch)
+
+    def _find_all(
+        self, model: Any, batch: Batch
+    ) -> dict[str, Float[Array, "b height width"]]:
+        """Returns the log-likelihoods of all positions, by level."""
+        found = {}
+        for name, x in sorted(batch.features.items()):
+            shape = *x.shape[:3], self.condition
+            codes = encode_positions(*x.shape[1:3], self.condition)
+            codes = jnp.broadcast_to(codes, shape)
+            output = self._flow.apply(model["flows"][name], x, codes)
+            found[name] = find_log_likelihoods(output)
+        return found
+
+    def _shapes(self, x: jax.ShapeDtypeStruct) -> list[jax.ShapeDtypeStruct]:
+        """Returns the shapes of a flow's inputs in a step, for those of a level."""
+        count = min(self.positions, math.prod(x.shape[:3]))
+        channels = x.shape[-1], self.condition
+        return [jax.ShapeDtypeStruct((count, 1, 1, c), jnp.float32) for c in channels]
+
+    @property
+    def _flow(self) -> Flow:
+        dtype = jnp.dtype(self.dtype)
+        return Flow((1,) * self.steps, CFLOW_RATIO, CFLOW_CLAMP, True, dtype)
+
+    def _make_optimizer(self) -> optax.GradientTransformation:
+        return optax.adam(self.learning_rate)
+
+
+METHODS = {"fastflow": FastFlow, "cflow": Cflow}
 
 
 def list_levels(batch: Batch) -> Levels:
@@ -278,7 +358,7 @@ def check_levels(spec: Spec) -> None:
         )
 
 
-def measure(outputs: Outputs) -> Float[Array, " b"]:
+def measure(outputs: list[Output]) -> Float[Array, " b"]:
     """Returns each image's negative log-likelihood, summed over the levels.
 
     It is up to a constant, and to be minimised.
@@ -288,3 +368,29 @@ def measure(outputs: Outputs) -> Float[Array, " b"]:
         for z, log_determinant in outputs
     ]
     return sum(losses)
+
+
+def find_log_likelihoods(output: Output) -> Float[Array, "b h w"]:
+    """Returns each position's log-likelihood, divided by the number of channels."""
+    z, log_determinant = output
+    squares = jnp.square(z).mean(-1) / 2
+    return log_determinant / z.shape[-1] - squares - math.log(2 * math.pi) / 2
+
+
+def average_levels(
+    losses: Mapping[str, Float[Array, ""]], batch: Batch
+) -> Float[Array, ""]:
+    """Returns the mean over all levels' positions of losses that are means of each."""
+    sizes = {name: math.prod(x.shape[1:3]) for name, x in batch.features.items()}
+    return sum(losses[name] * n for name, n in sizes.items()) / sum(sizes.values())
+
+
+def _join(
+    step: Int[Array, ""],
+    states: Mapping[str, State],
+    highest: Mapping[str, Float[Array, ""]],
+) -> State:
+    """Returns the state of all levels."""
+    flows = {name: state.model for name, state in states.items()}
+    training = {name: state.training for name, state in states.items()}
+    return State(step, {"flows": flows, "highest": dict(highest)}, training)

@@ -12,6 +12,8 @@ METHODS = {
     "pca": {"trunk": {"whiten": "never"}},
     "dfr": {},
     "rd": {},
+    "fastflow": {},
+    "cflow": {},
 }
 
 

@@ -166,6 +166,14 @@ def _methods() -> ConfigDict:
     methods.dfr = ConfigDict({"latent": 0, "variance": 0.9, "learning_rate": 1e-4})
     # Adam of reverse distillation.
     methods.rd = ConfigDict({"learning_rate": 0.005, "b1": 0.5, "b2": 0.999})
+    # A flow of FastFlow has so many `steps`, whose convolutions have the `ratio` of
+    # hidden channels and are 1 x 1 in every second step, unless `conv3x3_only`.
+    methods.fastflow = ConfigDict({"steps": 8, "ratio": 1.0, "conv3x3_only": False})
+    methods.fastflow.update({"learning_rate": 1e-3, "weight_decay": 1e-5})
+    # A flow of CFLOW has so many `steps`, each of which is told where a position is, in
+    # a code of `condition` channels. A step of Adam takes so many `positions`.
+    methods.cflow = ConfigDict({"steps": 8, "condition": 128, "positions": 256})
+    methods.cflow.learning_rate = 2e-4
     # Visual words that are counted.
     methods.words = ConfigDict({"count": 64})
     return methods

@@ -29,18 +29,20 @@ def init(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     *shapes: Any,
+    **options: Any,
 ) -> State:
     """Draws the initial weights of a network and initialises the optimizer.
 
     Args:
-        network: module with batch norm.
+        network: module with parameters, and perhaps other variables, such as the
+            statistics of batch norm.
         optimizer: optimizer of its parameters.
         key: random key of the weights.
         shapes: shapes of the network's inputs, trees of `jax.ShapeDtypeStruct`.
+        options: other arguments of the network, such as `train`.
     """
     inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    variables = network.init(key, *inputs, train=True)
-    model = {kind: variables[kind] for kind in ("params", "batch_stats")}
+    model = dict(network.init(key, *inputs, **options))
     training = optimizer.init(model["params"])
     return State(jnp.zeros((), jnp.int32), model, training)
 
@@ -52,56 +54,55 @@ def step(
     state: State,
     axis_name: str | None,
     *inputs: Any,
+    **options: Any,
 ) -> tuple[State, Losses]:
     """Returns the state after one step, and the losses before it by name.
 
     Args:
-        network: module with batch norm.
+        network: module that `init` was given.
         optimizer: optimizer of its parameters.
         loss_fn: function from the network's outputs to (total, its terms by name).
         state: state that `init` made, or this function.
         axis_name: see `Method.axis_name`.
         inputs: the network's inputs.
+        options: other arguments of the network, such as `train`.
     """
+    others = [kind for kind in state.model if kind != "params"]
 
     def loss(params: Any) -> tuple[jax.Array, tuple[Losses, Any]]:
         model = state.model | {"params": params}
-        kept = ["batch_stats"]
-        outputs, updated = network.apply(model, *inputs, train=True, mutable=kept)
+        outputs, updated = network.apply(model, *inputs, mutable=others, **options)
         total, terms = loss_fn(outputs)
-        return total, (terms, updated["batch_stats"])
+        return total, (terms, updated)
 
     params = state.model["params"]
     gradient_fn = jax.value_and_grad(loss, has_aux=True)
-    (total, (terms, batch_stats)), gradients = gradient_fn(params)
+    (total, (terms, updated)), gradients = gradient_fn(params)
     if axis_name is not None:
         mine = total, terms, gradients
         total, terms, gradients = jax.lax.pmean(mine, axis_name)
     updates, training = optimizer.update(gradients, state.training, params)
     params = optax.apply_updates(params, updates)
-    model = {"params": params, "batch_stats": batch_stats}
+    model = {"params": params, **updated}
     return State(state.step + 1, model, training), {TOTAL: total, **terms}
 
 
-def estimate_bytes(network: nn.Module, *shapes: Any) -> int:
+def estimate_bytes(network: nn.Module, *shapes: Any, **options: Any) -> int:
     """Estimates the device memory that a step needs, in bytes.
 
     It counts the parameters with both moments and gradients, the outputs of every layer
     for a batch, and two batches: the current one and the next one.
 
     Args:
-        network: module with batch norm.
+        network: module that `init` is given.
         shapes: shapes of the network's inputs.
+        options: other arguments of the network, such as `train`.
     """
 
     def forward(key: jax.Array, *inputs: jax.Array) -> Any:
-        variables = network.init(key, *inputs, train=True)
+        variables = network.init(key, *inputs, **options)
         _, kept = network.apply(
-            variables,
-            *inputs,
-            train=True,
-            capture_intermediates=True,
-            mutable=["batch_stats", "intermediates"],
+            variables, *inputs, capture_intermediates=True, mutable=True, **options
         )
         return variables, kept["intermediates"]
 

@@ -98,7 +98,7 @@ class Dfr(Method):
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Draws the initial weights and initialises Adam."""
         regions, network = self._describe(spec)
-        return descent.init(network, self._make_optimizer(), key, regions)
+        return descent.init(network, self._make_optimizer(), key, regions, train=True)
 
     def update(
         self, state: State, batch: Batch, key: jax.Array
@@ -111,7 +111,9 @@ class Dfr(Method):
             return jnp.square(x - y).mean(), {}
 
         optimizer = self._make_optimizer()
-        return descent.step(network, optimizer, loss_fn, state, self.axis_name, x)
+        return descent.step(
+            network, optimizer, loss_fn, state, self.axis_name, x, train=True
+        )
 
     def losses(
         self, model: Any, batch: Batch, step: Int[Array, ""]
@@ -129,7 +131,8 @@ class Dfr(Method):
     def estimate_bytes(self, spec: Spec) -> int:
         """Estimates the device memory of a step, see `descent.estimate_bytes`."""
         regions, network = self._describe(spec)
-        return descent.estimate_bytes(network, regions) + 2 * count_bytes(spec.batch)
+        step = descent.estimate_bytes(network, regions, train=True)
+        return step + 2 * count_bytes(spec.batch)
 
     def _describe(self, spec: Spec) -> tuple[jax.ShapeDtypeStruct, Autoencoder]:
         """Returns the shape of the regions' features, and the network.

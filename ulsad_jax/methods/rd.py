@@ -234,7 +234,7 @@ class ReverseDistillation(Method):
         """Draws the initial weights and initialises Adam."""
         levels = order_levels(spec.batch)
         student = self._make_student(self.kind)
-        return descent.init(student, self._make_optimizer(), key, levels)
+        return descent.init(student, self._make_optimizer(), key, levels, train=True)
 
     def update(
         self, state: State, batch: Batch, key: jax.Array
@@ -248,7 +248,9 @@ class ReverseDistillation(Method):
             return measure(levels, decoded).mean(), {}
 
         optimizer = self._make_optimizer()
-        return descent.step(student, optimizer, loss_fn, state, self.axis_name, levels)
+        return descent.step(
+            student, optimizer, loss_fn, state, self.axis_name, levels, train=True
+        )
 
     def losses(
         self, model: Any, batch: Batch, step: Int[Array, ""]
@@ -275,7 +277,7 @@ class ReverseDistillation(Method):
     def estimate_bytes(self, spec: Spec) -> int:
         """Estimates the device memory of a step, see `descent.estimate_bytes`."""
         student = self._make_student(self.kind)
-        return descent.estimate_bytes(student, order_levels(spec.batch))
+        return descent.estimate_bytes(student, order_levels(spec.batch), train=True)
 
     def _make_student(self, kind: Kind) -> Student:
         return Student(kind, jnp.dtype(self.dtype), self.axis_name)

@@ -102,7 +102,8 @@ class Ulsad(Method):
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Draws the initial weights and initialises the optimizer."""
         shapes = spec.batch.features, spec.batch.image
-        return descent.init(self.networks, self._make_optimizer(), key, *shapes)
+        optimizer = self._make_optimizer()
+        return descent.init(self.networks, optimizer, key, *shapes, train=True)
 
     def update(
         self, state: State, batch: Batch, key: jax.Array
@@ -123,6 +124,7 @@ class Ulsad(Method):
             self.axis_name,
             batch.features,
             batch.image,
+            train=True,
         )
 
     def losses(
@@ -183,7 +185,7 @@ class Ulsad(Method):
     def estimate_bytes(self, spec: Spec) -> int:
         """Estimates the device memory of a step, see `descent.estimate_bytes`."""
         shapes = spec.batch.features, spec.batch.image
-        return descent.estimate_bytes(self.networks, *shapes)
+        return descent.estimate_bytes(self.networks, *shapes, train=True)
 
     def _run(self, model: Any, batch: Batch) -> Mapping[str, jax.Array]:
         """Returns the networks' outputs in inference mode."""

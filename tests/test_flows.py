@@ -1,0 +1,209 @@
+"""Flows against anomalib; `goldens/flows.py` says what the golden holds."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from tests import runs
+from tests.goldens import flows as golden
+from ulsad_jax.methods.base import TOTAL, Batch, State
+from ulsad_jax.methods.flows import Cflow, FastFlow, list_levels
+from ulsad_jax.nn.flow import Flow, encode_positions
+from ulsad_jax.nn.layers import Conv
+from ulsad_jax.runs import steps
+from ulsad_jax.runtime.errors import UserError
+
+CLAMP = 2.0
+PARTS = ("likelihoods", "losses", "highest")
+
+
+@pytest.fixture(scope="module")
+def stored():
+    with np.load(pathlib.Path(golden.__file__).with_suffix(".npz")) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    image = np.zeros((golden.BATCH, *golden.SIZE, 3), np.uint8)
+    return Batch(image, golden.levels(), np.ones(golden.BATCH, bool))
+
+
+def make_spec(shapes=golden.LEVELS):
+    features = {name: runs.features(*shape) for name, shape in shapes.items()}
+    return steps.make_spec(golden.BATCH, golden.SIZE, features)
+
+
+def fill(variables, prefix=""):
+    """The golden's arrays in a tree of the same shapes."""
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    names = {k: prefix + k.partition("/")[2] for k in flat}
+    filled = {k: golden.fill(names[k], x.shape) for k, x in flat.items()}
+    return traverse_util.unflatten_dict(filled, sep="/")
+
+
+def assert_near(found, expected, bound=1e-5):
+    found = np.asarray(found)
+    assert found.shape == expected.shape
+    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+
+
+def test_fastflow_is_anomalibs(stored, batch):
+    method = FastFlow(steps=golden.STEPS, weight_decay=golden.DECAY)
+    state = steps.make_init(method, make_spec())(jax.random.key(0))
+    state = state.replace(model=fill(state.model))
+    outputs = method._network.apply(state.model, list_levels(batch))
+    for i, (z, log_determinant) in enumerate(outputs):
+        assert_near(z, stored[f"fastflow/variables{i}"])
+        found = log_determinant.sum((1, 2))
+        assert_near(found, stored[f"fastflow/determinants{i}"])
+    assert_near(method.maps(state.model, batch)["flow"], stored["fastflow/map"])
+    update, losses = jax.jit(method.update), []
+    first = method.losses(state.model, batch, 0)[TOTAL]
+    for i in range(golden.UPDATES):
+        state, found = update(state, batch, jax.random.key(0))
+        losses.append(found[TOTAL])
+        if i == 0:
+            moments = state.training[1][0].mu
+    assert_near(losses, stored["fastflow/losses"])
+    assert_near(first, stored["fastflow/losses"][0])
+    moments = traverse_util.flatten_dict(moments, sep="/")
+    assert moments.keys() == {*stored["fastflow/names"]}
+    found = [np.linalg.norm(moments[name]) for name in stored["fastflow/names"]]
+    np.testing.assert_allclose(found, stored["fastflow/moments"], rtol=1e-4)
+
+
+def test_cflow_is_anomalibs(stored, batch):
+    method = Cflow(
+        steps=golden.STEPS,
+        condition=golden.CONDITION,
+        positions=golden.POSITIONS,
+        learning_rate=1e-3,
+    )
+    state = steps.make_init(method, make_spec())(jax.random.key(0))
+    flows = {k: fill(x, f"{k}/") for k, x in state.model["flows"].items()}
+    likelihoods, moments = {}, {}
+    for name, x in batch.features.items():
+        own = {part: stored[f"cflow/{name}/{part}"] for part in PARTS}
+        likelihoods[name] = own["likelihoods"]
+        level = State(state.step, flows[name], state.training[name])
+        level, found = jax.jit(method.take_steps)(level, x, golden.order(name))
+        assert_near(found[TOTAL], own["losses"])
+        assert_near(found["highest"], own["highest"])
+        moments[name] = level.training[0].mu
+    moments = traverse_util.flatten_dict(moments, sep="/")
+    assert moments.keys() == {*stored["cflow/names"]}
+    found = [np.linalg.norm(moments[name]) for name in stored["cflow/names"]]
+    np.testing.assert_allclose(found, stored["cflow/moments"], rtol=1e-4)
+    # The program's maps are relative to the largest ones of the images.
+    highest = {name: x.max() for name, x in likelihoods.items()}
+    model = {"flows": flows, "highest": highest}
+    found = method.maps(model, batch)["conditional"]
+    assert_near(found - found.min(), stored["cflow/map"])
+    losses = [np.log1p(np.exp(-x)).ravel() for x in likelihoods.values()]
+    validation = method.losses(model, batch, state.step)[TOTAL]
+    assert_near(validation, np.concatenate(losses).mean())
+
+
+def make_flow(shape, *, rotate=False, **fields):
+    """A small flow, its variables, and its inputs."""
+    flow = Flow((3, 1, 3), 1.5, CLAMP, rotate, **fields)
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((*shape[:-1], n), np.float32) for n in (shape[-1], 4)]
+    inputs = inputs if rotate else inputs[:1]
+    return flow, fill(flow.init(jax.random.key(0), *inputs)), *inputs
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_log_determinant_is_that_of_the_jacobian(channels, rotate):
+    shape = (1, 3, 2, channels)
+    flow, variables, x, *condition = make_flow(shape, rotate=rotate)
+
+    def run(flat):
+        return flow.apply(variables, flat.reshape(shape), *condition)[0].ravel()
+
+    sign, expected = np.linalg.slogdet(jax.jacobian(run)(x.ravel()))
+    found = flow.apply(variables, x, *condition)[1].sum()
+    assert abs(sign) == pytest.approx(1)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_rotations_are_drawn_once_and_keep_lengths():
+    flow = Flow((1, 1), 2.0, CLAMP, True)
+    x = np.ones((1, 1, 1, 6), np.float32)
+    fixed = flow.init(jax.random.key(0), x)["fixed"]
+    one, other = (fixed[f"steps_{i}"]["rotation"] for i in (0, 1))
+    np.testing.assert_allclose(one @ one.T, np.eye(6), atol=1e-6)
+    assert np.abs(one - other).max() > 0.1
+
+
+def undo(params, order, kernel, y):
+    """The input of a step: what its first half says is taken back from the second."""
+    scale = 0.2 * np.logaddexp(0, params["global_scale"] / 2)
+    x = (y[..., np.argsort(order)] - params["global_offset"]) / scale
+    first, second = np.split(x, [-(x.shape[-1] // 2)], axis=-1)
+    answer = first
+    for i in (0, 2):
+        weights = params[f"subnet_{i}"]
+        conv = Conv(weights["bias"].size, (kernel, kernel), padding=kernel // 2)
+        answer = conv.apply({"params": weights}, np.maximum(answer, 0) if i else answer)
+    log_scale, shift = np.split(0.1 * answer, 2, axis=-1)
+    second = (second - shift) / np.exp(CLAMP * np.tanh(log_scale))
+    return np.concatenate([first, second], axis=-1)
+
+
+def test_flow_can_be_inverted():
+    flow, variables, x = make_flow((2, 4, 3, 5))
+    y = flow.apply(variables, x)[0]
+    for i, kernel in reversed([*enumerate(flow.kernels)]):
+        params, fixed = (variables[kind][f"steps_{i}"] for kind in ("params", "fixed"))
+        y = undo(params, fixed["order"], kernel, y)
+    np.testing.assert_allclose(y, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_log_determinants_are_float32(dtype):
+    flow, variables, x = make_flow((2, 4, 4, 6), dtype=jnp.dtype(dtype))
+    z, log_determinant = flow.apply(variables, x)
+    assert z.dtype == log_determinant.dtype == jnp.float32
+    expected = make_flow(x.shape)[0].apply(variables, x)[1]
+    np.testing.assert_allclose(log_determinant, expected, atol=0.1)
+
+
+def test_positions_have_codes_of_their_own():
+    codes = encode_positions(64, 32, 128)
+    assert codes.shape == (64, 32, 128) and codes.dtype == np.float32
+    assert len(np.unique(codes.reshape(-1, 128).round(3), axis=0)) == 64 * 32
+    np.testing.assert_array_equal(codes[3, :, :64], codes[60, :, :64])
+    np.testing.assert_array_equal(codes[:, 3, 64:], codes[:, 30, 64:])
+
+
+@pytest.mark.parametrize(("positions", "count"), [(48, 3), (999, 1)])
+def test_a_step_of_cflow_takes_some_positions_or_all(batch, positions, count):
+    method = Cflow(steps=2, condition=8, positions=positions)
+    state = steps.make_init(method, make_spec())(jax.random.key(0))
+    update = jax.jit(method.update)
+    state, losses = update(state, batch, jax.random.key(1))
+    assert int(state.step) == 1 and losses.keys() == {TOTAL}
+    taken = {name: int(own[0].count) for name, own in state.training.items()}
+    assert taken == {"layer1": count, "layer2": 1}
+    for i in range(3):
+        last, state = state, update(state, batch, jax.random.key(i))[0]
+    highest, new = last.model["highest"], state.model["highest"]
+    assert all(new[name] > highest[name] for name in golden.LEVELS)  # it has learnt
+    found = method.maps(state.model, batch)["conditional"]
+    assert found.shape == (golden.BATCH, *golden.SIZE)
+
+
+@pytest.mark.parametrize("method", [FastFlow(), Cflow()])
+def test_a_level_of_one_channel_cannot_be_split(method):
+    assert method.check(make_spec()) == ""
+    with pytest.raises(UserError, match="found one in layer2"):
+        method.check(make_spec(golden.LEVELS | {"layer2": (4, 5, 1)}))

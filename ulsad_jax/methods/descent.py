@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -33,14 +33,13 @@ def init(
     """Draws the initial weights of a network and initialises the optimizer.
 
     Args:
-        network: module with batch norm.
+        network: module; its `__call__` has a keyword argument `train`.
         optimizer: optimizer of its parameters.
         key: random key of the weights.
         shapes: shapes of the network's inputs, trees of `jax.ShapeDtypeStruct`.
     """
     inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    variables = network.init(key, *inputs, train=True)
-    model = {kind: variables[kind] for kind in ("params", "batch_stats")}
+    model = network.init(key, *inputs, train=True)
     training = optimizer.init(model["params"])
     return State(jnp.zeros((), jnp.int32), model, training)
 
@@ -52,34 +51,38 @@ def step(
     state: State,
     axis_name: str | None,
     *inputs: Any,
+    rngs: Mapping[str, jax.Array] | None = None,
 ) -> tuple[State, Losses]:
     """Returns the state after one step, and the losses before it by name.
 
     Args:
-        network: module with batch norm.
+        network: see `init`.
         optimizer: optimizer of its parameters.
         loss_fn: function from the network's outputs to (total, its terms by name).
         state: state that `init` made, or this function.
         axis_name: see `Method.axis_name`.
         inputs: the network's inputs.
+        rngs: random keys of the network's layers by kind, such as "dropout".
     """
+    kept = [kind for kind in state.model if kind != "params"]
 
     def loss(params: Any) -> tuple[jax.Array, tuple[Losses, Any]]:
         model = state.model | {"params": params}
-        kept = ["batch_stats"]
-        outputs, updated = network.apply(model, *inputs, train=True, mutable=kept)
+        outputs, updated = network.apply(
+            model, *inputs, train=True, mutable=kept, rngs=rngs
+        )
         total, terms = loss_fn(outputs)
-        return total, (terms, updated["batch_stats"])
+        return total, (terms, updated)
 
     params = state.model["params"]
     gradient_fn = jax.value_and_grad(loss, has_aux=True)
-    (total, (terms, batch_stats)), gradients = gradient_fn(params)
+    (total, (terms, updated)), gradients = gradient_fn(params)
     if axis_name is not None:
         mine = total, terms, gradients
         total, terms, gradients = jax.lax.pmean(mine, axis_name)
     updates, training = optimizer.update(gradients, state.training, params)
     params = optax.apply_updates(params, updates)
-    model = {"params": params, "batch_stats": batch_stats}
+    model = {"params": params, **updated}
     return State(state.step + 1, model, training), {TOTAL: total, **terms}
 
 
@@ -90,7 +93,7 @@ def estimate_bytes(network: nn.Module, *shapes: Any) -> int:
     for a batch, and two batches: the current one and the next one.
 
     Args:
-        network: module with batch norm.
+        network: see `init`.
         shapes: shapes of the network's inputs.
     """
 
@@ -101,7 +104,8 @@ def estimate_bytes(network: nn.Module, *shapes: Any) -> int:
             *inputs,
             train=True,
             capture_intermediates=True,
-            mutable=["batch_stats", "intermediates"],
+            mutable=[*variables, "intermediates"],
+            rngs={"dropout": key},
         )
         return variables, kept["intermediates"]
 

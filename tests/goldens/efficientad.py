@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.goldens import weights
 
-SIZE, CHANNELS, SEED, STRIDE = 256, 24, 11, 5
+SIZE, CHANNELS, SEED, STRIDE = 256, 24, 11, 10
 SIZES = ("small", "medium")
 KINDS, FACTORS = (0, 1, 2), (1.15, 0.85, 1.2)  # brightness, contrast, saturation
 CHANGE = 2  # which of these changes the colours in the loss

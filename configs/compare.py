@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from configs import sweep
 
 # Each with its own defaults. Whitening would leave PCA no directions to choose from.
+# EfficientAD's teacher learned standardised features, its student from single images.
 METHODS = {
     "ulsad": {},
     "padim": {},
@@ -12,6 +13,7 @@ METHODS = {
     "pca": {"trunk": {"whiten": "never"}},
     "dfr": {},
     "rd": {},
+    "efficientad": {"trunk": {"whiten": "never"}, "train": {"batch_size": 1}},
 }
 
 

@@ -166,9 +166,9 @@ def _methods() -> ConfigDict:
     methods.dfr = ConfigDict({"latent": 0, "variance": 0.9, "learning_rate": 1e-4})
     # Adam of reverse distillation.
     methods.rd = ConfigDict({"learning_rate": 0.005, "b1": 0.5, "b2": 0.999})
-    # EfficientAD's teacher and student are "small" or "medium". A `distill_share` of the
-    # updates trains the teacher, the rest student and autoencoder. `learning_rate` and
-    # `weight_decay` (L2) are Adam's.
+    # EfficientAD's teacher and student are "small" or "medium". The share
+    # `distill_share` of the updates trains the teacher, the rest student and
+    # autoencoder. `learning_rate` and `weight_decay` (L2) are Adam's.
     methods.efficientad = ConfigDict(
         {
             "size": "small",

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import pathlib
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ulsad_jax
 from tests import runs
 from tests.goldens import efficientad as golden
+from tests.test_experiment import interrupt_at, needs_cpu
+from ulsad_jax import export
 from ulsad_jax.methods.base import TOTAL, Batch
 from ulsad_jax.methods.efficientad import method as lib
 from ulsad_jax.methods.efficientad.method import EfficientAd
 from ulsad_jax.runs import steps
+from ulsad_jax.runtime.devices import find_devices
+from ulsad_jax.runtime.errors import Interrupted
 from ulsad_jax.trunks import torch_names
 
 LEARNING = ("student", "autoencoder", "student_autoencoder")
@@ -215,3 +221,60 @@ def test_features_lie_at_the_patches():
     assert placed.shape == (24,)
     # A grid of 4 pixels is placed on cells of 8 pixels, without its border of 4 cells.
     np.testing.assert_allclose(placed, (np.arange(24) * 4 + 18) / 8 - 0.5, rtol=1e-6)
+
+
+def test_update_of_pmap_is_that_of_jit(drawn):
+    """The part without random choices: other devices draw other colours."""
+    batches, _, states, losses = drawn
+    step = steps.make_train_step(METHOD, find_devices(1), "pmap")
+    state, found = step(states[0], batches[0], jax.random.key(0))
+    assert found["distillation"] == pytest.approx(losses[0]["distillation"], rel=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (state, states[1])), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    state, found = step(jax.device_put(states[2]), batches[2], jax.random.key(0))
+    for name in ("mean", "square"):
+        np.testing.assert_allclose(state.model[name], states[3].model[name], atol=1e-5)
+    assert all(np.isfinite(list(found.values())))
+
+
+FIELDS = {
+    "method": "efficientad",
+    "train.num_epochs": 2,
+    "train.checkpoint_every": 1,
+    "train.dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A finished run: an epoch for the teacher, and one for the others; read-only."""
+    config = runs.make_config(data, FIELDS)
+    workdir = tmp_path_factory.mktemp("efficientad") / "run"
+    return runs.Run(workdir, config, runs.train(config, workdir))
+
+
+def test_what_a_run_leaves(run):
+    first, second = runs.read_metrics(run.workdir)
+    assert first["loss/distillation"] > 0 and first["loss/student"] == 0
+    assert second["loss/distillation"] == 0 and second["loss/student"] > 0
+    assert second["validation/total"] < first["validation/total"]
+    model = runs.read_checkpoint(run.workdir)["model"]["variables"]
+    assert model["mean"].shape == (384,) and model["mean"].any()
+    detector = ulsad_jax.Detector.load(run.workdir)
+    for row in runs.read_scores(run.workdir)[:2]:
+        result = detector(row["image"])
+        assert {*result.maps} == {"student", "autoencoder"}
+        assert result.score == pytest.approx(float(row["score"]), rel=0.02)
+    path = run.workdir / "bottle.zip"
+    export.main([f"--workdir={run.workdir}", f"--output={path}", "--platforms=cpu"])
+    assert path.exists()
+
+
+@needs_cpu
+def test_stopped_in_the_second_part_and_resumed(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, signal.SIGTERM, 1, 1)
+        with pytest.raises(Interrupted, match="after step 5"):
+            runs.train(run.config, tmp_path / "again")
+    runs.train(run.config, tmp_path / "again")
+    runs.assert_same_category(tmp_path / "again", run.workdir)

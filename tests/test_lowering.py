@@ -82,7 +82,9 @@ def test_every_program_is_here():
     assert {path: n for path, n in found.items() if n} == PROGRAMS
 
 
-@pytest.mark.parametrize("method", ["ulsad+padim+words", "patchcore+pca", "dfr+rd"])
+@pytest.mark.parametrize(
+    "method", ["ulsad+padim+words", "patchcore+pca", "dfr+rd", "efficientad"]
+)
 def test_training_step(method):
     step = steps.make_train_step(make(method)[1].method, find_devices(1), "jit")
     state, losses = lower(step, *shapes(method))

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from configs import sweep
 
 # Each with its own defaults. Whitening would leave PCA no directions to choose from.
+# EfficientAD's teacher learned standardised features, its student from single images.
 METHODS = {
     "ulsad": {},
     "padim": {},
@@ -14,6 +15,7 @@ METHODS = {
     "rd": {},
     "fastflow": {},
     "cflow": {},
+    "efficientad": {"trunk": {"whiten": "never"}, "train": {"batch_size": 1}},
 }
 
 

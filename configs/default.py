@@ -174,6 +174,17 @@ def _methods() -> ConfigDict:
     # a code of `condition` channels. A step of Adam takes so many `positions`.
     methods.cflow = ConfigDict({"steps": 8, "condition": 128, "positions": 256})
     methods.cflow.learning_rate = 2e-4
+    # EfficientAD's teacher and student are "small" or "medium". The share
+    # `distill_share` of the updates trains the teacher, the rest student and
+    # autoencoder. `learning_rate` and `weight_decay` (L2) are Adam's.
+    methods.efficientad = ConfigDict(
+        {
+            "size": "small",
+            "distill_share": 0.5,
+            "learning_rate": 1e-4,
+            "weight_decay": 1e-5,
+        }
+    )
     # Visual words that are counted.
     methods.words = ConfigDict({"count": 64})
     return methods

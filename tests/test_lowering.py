@@ -83,7 +83,8 @@ def test_every_program_is_here():
 
 
 @pytest.mark.parametrize(
-    "method", ["ulsad+padim+words", "patchcore+pca", "dfr+rd+fastflow+cflow"]
+    "method",
+    ["ulsad+padim+words", "patchcore+pca", "dfr+rd+fastflow+cflow", "efficientad"],
 )
 def test_training_step(method):
     step = steps.make_train_step(make(method)[1].method, find_devices(1), "jit")

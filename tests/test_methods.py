@@ -465,6 +465,7 @@ def test_sweep_over_methods(data, tmp_path):
         "padim": {"method": "padim"},
         "few": {"method": "padim", "methods": {"padim": {"channels": 3}}},
         "dfr": {"method": "dfr", "train": {"num_epochs": 1}},
+        "efficientad": {"method": "efficientad", "train": {"num_epochs": 1}},
         "own": {"method": "tests.test_methods:Pixels"},
         "drift": {"method": "tests.test_methods:Drift"},
     }
@@ -552,6 +553,7 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
         ({"method": "padim", "methods.padim.channels": 0}, "channels to be an integer"),
         ({"method": "padim", "methods.padim.epsilon": 0.0}, "epsilon to be a finite"),
         ({"method": "pca", "methods.pca.variance": 1.0}, "variance to be a number"),
+        ({"method": "efficientad", "methods.efficientad.size": "s"}, "small, medium"),
         (
             {"method": "patchcore", "methods.patchcore.share": 2.0},
             "number above 0, and",

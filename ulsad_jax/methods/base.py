@@ -36,15 +36,18 @@ NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Spec(NamedTuple):
-    """Shapes of the training data.
+    """Shapes of the training data, and how much of it there will be.
 
     Attributes:
         batch: `Batch` of shapes and dtypes.
         num_images: number of training images.
+        num_updates: number of updates of a complete training, for methods whose
+            training has phases; 0 if it is not known.
     """
 
     batch: Batch
     num_images: int
+    num_updates: int = 0
 
 
 @flax.struct.dataclass
@@ -83,8 +86,9 @@ class Method:
     # Number of passes over the training images; None for that of the config.
     num_epochs: ClassVar[int | None] = None
     # Number of passes over the training images that was published; None for as many as
-    # are done here.
+    # are done here. `published_updates` is for methods that published no passes.
     published_epochs: ClassVar[float | None] = None
+    published_updates: ClassVar[float | None] = None
     # True: it reads the loss terms of `config.losses`.
     takes_losses: ClassVar[bool] = False
     # True: a pass sees every image once, in order, and the last batch is padded. False:

@@ -156,12 +156,15 @@ def combine(references: tuple[str, ...]) -> type[Branches]:
             f"{text!r}: {each}. Leave one out."
         )
     epochs = [kind.num_epochs for kind in kinds.values()]
-    published = [kind.published_epochs for kind in kinds.values()]
+    published: dict[str, float | None] = {}
+    for field in ("published_epochs", "published_updates"):
+        own = (getattr(kind, field) for kind in kinds.values())
+        published[field] = max(filter(None, own), default=None)
     fields = {
         "kinds": kinds,
         "takes": takes.pop() if takes else IMAGES,
         "num_epochs": None if None in epochs else max(epochs),
-        "published_epochs": max(filter(None, published), default=None),
+        **published,
         "takes_losses": any(kind.takes_losses for kind in kinds.values()),
         "sees_every_image": all(kind.sees_every_image for kind in kinds.values()),
         "rules": {k: v for kind in kinds.values() for k, v in kind.rules.items()},

@@ -65,7 +65,8 @@ def step(
         state: state that `init` made, or this function.
         axis_name: see `Method.axis_name`.
         inputs: the network's inputs.
-        options: other arguments of the network, such as `train`.
+        options: other arguments of the network, such as `train`, and of `apply`, such
+            as `rngs`.
     """
     others = [kind for kind in state.model if kind != "params"]
 
@@ -102,7 +103,12 @@ def estimate_bytes(network: nn.Module, *shapes: Any, **options: Any) -> int:
     def forward(key: jax.Array, *inputs: jax.Array) -> Any:
         variables = network.init(key, *inputs, **options)
         _, kept = network.apply(
-            variables, *inputs, capture_intermediates=True, mutable=True, **options
+            variables,
+            *inputs,
+            capture_intermediates=True,
+            mutable=True,
+            rngs={"dropout": key},
+            **options,
         )
         return variables, kept["intermediates"]
 

@@ -151,7 +151,7 @@ def make_trainer(
         method=method,
         devices=run.devices,
         normals=normals,
-        spec=run.setup.spec(size, count),
+        spec=run.setup.spec(size, count, count_steps(run)),
         validate=validate,
         store=store,
         writer=writer,

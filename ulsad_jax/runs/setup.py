@@ -43,9 +43,10 @@ class Setup:
         """Shapes of one image's features; None without features."""
         return self.pyramid and feature_shapes(self.pyramid, self.input_size)
 
-    def spec(self, batch_size: int, num_images: int = 0) -> Spec:
+    def spec(self, batch_size: int, num_images: int = 0, num_updates: int = 0) -> Spec:
         """Returns the shapes of the training data, see `steps.make_spec`."""
-        return steps.make_spec(batch_size, self.image_size, self.features, num_images)
+        counts = num_images, num_updates
+        return steps.make_spec(batch_size, self.image_size, self.features, *counts)
 
 
 def make(config: ConfigDict) -> Setup:

@@ -42,6 +42,7 @@ def make_spec(
     image_size: tuple[int, int],
     features: Any,
     num_images: int = 0,
+    num_updates: int = 0,
 ) -> Spec:
     """Returns the shapes of the training data.
 
@@ -50,6 +51,7 @@ def make_spec(
         image_size: (height, width) in pixels.
         features: shapes of one image's features, see `pyramid.feature_shapes`; or None.
         num_images: number of training images; 0 if it is not known.
+        num_updates: number of updates of a complete training; 0 if it is not known.
     """
     shape = jax.ShapeDtypeStruct
     if isinstance(features, dict):
@@ -62,7 +64,7 @@ def make_spec(
         valid=shape((batch_size,), np.bool_),
         index=shape((batch_size,), np.int32),
     )
-    return Spec(batch, num_images)
+    return Spec(batch, num_images, num_updates)
 
 
 @functools.cache  # compiled once, for all seeds

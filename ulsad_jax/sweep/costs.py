@@ -114,8 +114,10 @@ def _read(weights: Weights) -> Any:
 
 
 def _share(run: CategoryRun, step: int) -> float:
-    """Returns the share of the published passes over the images that were done."""
+    """Returns the share of the published updates, or passes, that were done."""
     method, count = run.setup.method, len(run.data.train)
+    if method.published_updates is not None:
+        return step / method.published_updates
     if method.published_epochs is None:
         return 1.0
     return step * run.config.train.batch_size / count / method.published_epochs

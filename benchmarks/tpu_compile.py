@@ -107,12 +107,14 @@ def list_cells() -> list[Cell]:
         *(("train", 32), ("sweep", 8)),
     ]
     elsewhere = [
-        *(("v5e:1x1", 8), ("v5e:4x4", 128), ("v4:2x2x1", 32), ("v5p:2x2x1", 32)),
-        ("v5e:16x16", 2048),
+        *(("v5e:1x1", 1), ("v5e:1x1", 8), ("v5e:1x1", 32), ("v5e:4x4", 128)),
+        *(("v4:2x2x1", 32), ("v5p:2x2x1", 32), ("v5e:16x16", 2048)),
     ]
     return [
         *(Cell(s, program, "v5e:2x2", n) for s in SYSTEMS for program, n in here),
         *(Cell("published", "train", *where) for where in elsewhere),
+        Cell("published", "train_sharded", "v5e:2x2", 32),
+        Cell("published", "train_sharded", "v5e:16x16", 2048),
     ]
 
 
@@ -241,6 +243,7 @@ def get_shapes(cell: Cell, made: Any) -> tuple[Any, Any, Any]:
 
 def make_training(cell: Cell, chips: list[Any]) -> tuple[Any, tuple[Any, ...]]:
     """Returns the training step, and its arguments' shapes."""
+    import jax
     import numpy as np
     from jax.sharding import Mesh
 
@@ -249,10 +252,15 @@ def make_training(cell: Cell, chips: list[Any]) -> tuple[Any, tuple[Any, ...]]:
 
     _, made = make_setup(cell)
     state, batch, key = get_shapes(cell, made)
-    devices = Devices(Mesh(np.array(chips), (DATA,)))
+    shards_state = cell.program == "train_sharded"
+    devices = Devices(Mesh(np.array(chips), (DATA,)), shards_state)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        *(state, devices.choose_places(state)),
+    )
     step = steps.make_train_step(made.method, devices, "jit")
     whole = functools.partial(place, chips=chips, axis=DATA, split=False)
-    return step, (whole(state), place(batch, chips, DATA, split=True), whole(key))
+    return step, (state, place(batch, chips, DATA, split=True), whole(key))
 
 
 def make_finish(cell: Cell, chips: list[Any]) -> tuple[Any, tuple[Any, ...]]:
@@ -349,6 +357,7 @@ def make_sweep(cell: Cell, chips: list[Any]) -> tuple[Any, tuple[Any, ...]]:
 
 PROGRAMS = {
     "train": make_training,
+    "train_sharded": make_training,
     "predict": make_inference,
     "features": make_features,
     "sweep": make_sweep,

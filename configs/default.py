@@ -237,6 +237,9 @@ def _parallel() -> ConfigDict:
     parallel.devices = 0
     # "jit", or "pmap" to run the same training step with `jax.pmap`.
     parallel.backend = "jit"
+    # Whether each device keeps a share of the parameters and of the optimizer's state
+    # only, instead of all of them. Sweeps ignore it.
+    parallel.shard_state = False
     return parallel
 
 

@@ -30,6 +30,7 @@ from ulsad_jax.trunks import sources
 
 BATCH, EPOCHS = 8, 10  # an epoch is one step
 TOLERANCE = 1e-5
+SHARDED = "sharded"  # a way of training: jit, the state split over the devices
 
 
 class Small(nn.Module):
@@ -39,7 +40,7 @@ class Small(nn.Module):
 
     @nn.compact
     def __call__(self, features, image, *, train):
-        network = LocalReconstructor(4, axis_name=self.axis_name)
+        network = LocalReconstructor(32, axis_name=self.axis_name)
         local, _ = network(features, train=train)
         return {"features": features, "local": local[..., : features.shape[-1]]}
 
@@ -92,10 +93,10 @@ def make_kept(count):
 
 
 @functools.cache
-def take_steps(count, backend="jit", batch=BATCH):
+def take_steps(count, backend="jit", batch=BATCH, *, shards=False):
     """Losses of ten steps, and states after the first and the last of them."""
     devices, kept, method = (
-        parallel.find_devices(count),
+        parallel.find_devices(count, shards_state=shards),
         make_kept(5 * batch),
         Squares(),
     )
@@ -103,7 +104,7 @@ def take_steps(count, backend="jit", batch=BATCH):
         steps.make_spec(batch, (64, 64), runs.features(8, 8, 6)),
         jax.random.key(0),
     )
-    state = devices.replicate(steps.make_init(method, spec)(key))
+    state = devices.place_state(steps.make_init(method, spec)(key))
     step = steps.make_train_step(method, devices, backend)
     losses, states = [], []
     for i in range(10):
@@ -144,6 +145,27 @@ def test_steps_equal_those_of_one_device(way):
     for leaf in jax.tree.leaves(last):
         assert leaf.sharding.is_fully_replicated
         assert len(leaf.sharding.device_set) == way[0]
+
+
+def test_a_state_that_is_split_takes_the_same_steps():
+    """And stays split, so that a device holds about an eighth of it."""
+    losses, _, last = take_steps(8, shards=True)
+    for a, b in zip(losses, take_steps(8)[0], strict=True):
+        assert a == pytest.approx(b, rel=TOLERANCE)
+    leaves = jax.tree.leaves(last)
+    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    assert on_one < sum(leaf.nbytes for leaf in leaves) / 7
+
+
+def test_places_of_a_state():
+    """Along the largest axis of those that eight divides, the first of equal ones."""
+    shapes = {(): (), (7,): (), (8, 9): ("data",), (3, 16, 24): (None, None, "data")}
+    shapes |= {(16, 16): ("data",), (0, 3): (), (100, 8): (None, "data")}
+    tree = {shape: jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes}
+    found = parallel.find_devices(shards_state=True).choose_places(tree)
+    assert {shape: tuple(x.spec) for shape, x in found.items()} == shapes
+    whole = parallel.find_devices().choose_places(tree)
+    assert {tuple(x.spec) for x in whole.values()} == {()}
 
 
 def test_gradients_that_are_taken_in_chunks():
@@ -206,7 +228,7 @@ class Draws(Method):
 
 
 @pytest.mark.parametrize("method", [Padim(channels=4), Pca(), Patchcore()])
-@pytest.mark.parametrize("backend", ["jit", "pmap"])
+@pytest.mark.parametrize("backend", ["jit", "pmap", SHARDED])
 def test_models_of_images_equal_those_of_one_device(backend, method):
     """With a last batch that is filled up."""
     kept, key = make_kept(BATCH + 3), jax.random.key(0)
@@ -214,12 +236,13 @@ def test_models_of_images_equal_those_of_one_device(backend, method):
     batch = sources.load(kept, np.arange(3), 3, parallel.find_devices(1))
     found = []
     for count, way in ((1, "jit"), (8, backend)):
-        devices = parallel.find_devices(count)
-        state = devices.replicate(steps.make_init(method, spec)(key))
+        shards = backend == SHARDED and count > 1
+        devices = parallel.find_devices(count, shards_state=shards)
+        state = devices.place_state(steps.make_init(method, spec)(key))
         step = steps.make_train_step(method, devices, way)
         for rows, own in ((np.arange(BATCH), BATCH), (np.arange(BATCH) % 3 + 8, 3)):
             state, _ = step(state, sources.load(kept, rows, own, devices), key)
-        model = jax.device_get(method.finish(state).model)
+        model = jax.device_get(method.finish(devices.replicate(state)).model)
         found.append(method.maps(model, batch) | method.scores(model, batch))
     for name, expected in found[0].items():
         np.testing.assert_allclose(found[1][name], expected, rtol=1e-4, atol=1e-5)
@@ -257,14 +280,21 @@ def assert_same_run(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [((1, "jit"), (8, "jit")), ((8, "pmap"), (1, "jit"))]
+    ("first", "then"),
+    [
+        *(((1, "jit"), (8, "jit")), ((8, "pmap"), (1, "jit"))),
+        *(((8, SHARDED), (4, SHARDED)), ((8, SHARDED), (1, "jit"))),
+        ((1, "jit"), (8, SHARDED)),
+    ],
 )
 def test_a_run_resumes_on_other_devices(config, run_alone, tmp_path, first, then):
     """Batches of evaluation, 4 in the config, are of 8 on 8 devices."""
     workdir = tmp_path / "run"
     config = config.copy_and_resolve_references()
     for way, epochs in ((first, EPOCHS // 2), (then, EPOCHS)):
-        config.parallel.devices, config.parallel.backend = way
+        config.parallel.devices, kind = way
+        config.parallel.shard_state = kind == SHARDED
+        config.parallel.backend = "jit" if kind == SHARDED else kind
         config.train.num_epochs = epochs
         runs.train(config, workdir)
     assert_same_run(workdir, run_alone)
@@ -285,6 +315,13 @@ def test_a_batch_that_cannot_be_split(config, tmp_path, devices, batch, sizes, f
     assert f"found {batch}. Set --config.train.batch_size to {sizes}, or" in message
     assert message.endswith(f"--config.parallel.devices to {fewer}.")
     assert not (tmp_path / "run").exists()
+
+
+def test_pmap_of_a_state_that_is_split(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.parallel.shard_state, config.parallel.backend = True, "pmap"
+    with pytest.raises(UserError, match="shard_state is set, found 'pmap'"):
+        runs.train(config, tmp_path / "run")
 
 
 def test_more_devices_than_there_are():

@@ -81,8 +81,8 @@ def wait(processes):
     return statuses, [log.read_text() for _, log in processes]
 
 
-def run(config, workdir, count):
-    statuses, outputs = wait(start(config, workdir, count))
+def run(config, workdir, count, *more):
+    statuses, outputs = wait(start(config, workdir, count, *more))
     assert statuses == [0] * count, outputs
     return outputs
 
@@ -113,15 +113,16 @@ def assert_same_scores(found, expected):
 
 @pytest.fixture(scope="module")
 def by_four(data, tmp_path_factory):
-    """Half of a run, by four processes; read-only."""
+    """Half of a run, by four processes, each with a share of the state; read-only."""
     workdir = tmp_path_factory.mktemp("by_four") / "run"
-    outputs = run(runs.make_config(data, {"train.num_epochs": 2}), workdir, 4)
+    config = runs.make_config(data, {"train.num_epochs": 2})
+    outputs = run(config, workdir, 4, "--config.parallel.shard_state")
     return workdir, outputs
 
 
 @pytest.fixture(scope="module")
 def by_two(data, by_four, tmp_path_factory):
-    """The same, gone on with by two processes."""
+    """The same, gone on with by two processes, each with all of the state."""
     workdir = shutil.copytree(by_four[0], tmp_path_factory.mktemp("by_two") / "run")
     run(runs.make_config(data), workdir, 2)
     return workdir

@@ -47,6 +47,7 @@ _BEFORE = {
     "score.top_share": 0.0,
     "parallel.backend": "jit",
     "parallel.devices": 0,
+    "parallel.shard_state": False,
     "train.feature_memory": 0.5,
     "train.num_updates": 0,
     "train.profile": (),
@@ -136,6 +137,7 @@ _RULES = {
     "train.profile": _PROFILE,
     "parallel.backend": one_of(*BACKENDS),
     "parallel.devices": at_least(0),
+    "parallel.shard_state": BOOLEAN,
     "evaluation.batch_size": at_least(1),
     "evaluation.pictures_per_type": at_least(-1),
     "evaluation.metrics": Rule(

@@ -87,7 +87,8 @@ class Trainer:
         )
         self._epochs = steps.count_epochs(config.train, self._steps_per_epoch)
         self._key = steps.initial_key(config.seed, category)
-        self._state: State = devices.replicate(steps.make_init(method, spec)(self._key))
+        initial = steps.make_init(method, spec)(self._key)
+        self._state: State = devices.place_state(initial)
         self._train_step = steps.make_train_step(
             method, devices, config.parallel.backend
         )
@@ -215,10 +216,15 @@ class Trainer:
         self._save(finished, validation, metrics)
 
     def _finish(self) -> State:
-        """Returns the state to validate and save, on all devices."""
+        """Returns the state to validate and save, its model whole on all devices."""
+        state = self._state
+        if self._devices.shards_state:
+            state = state.replace(model=self._devices.replicate(state.model))
+            if type(self._method).finish is not Method.finish:  # it may need the sums
+                state = self._devices.replicate(state)
         return jax.tree.map(
             lambda x: self._devices.replicate(x) if isinstance(x, np.ndarray) else x,
-            self._method.finish(self._state),
+            self._method.finish(state),
         )
 
     def _save(
@@ -253,7 +259,7 @@ class Trainer:
             optimizer=self._state.training,
         )
         model, _ = steps.read_model_item(item)
-        self._state = self._devices.replicate(
+        self._state = self._devices.place_state(
             State(jnp.asarray(step, jnp.int32), model, training)
         )
         self._sums = saved["sums"]

@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
     methods.check_losses(config.method, find_changed(config.losses))
     config = config_lib.resolve(config)
     hosts.check_same(config_lib.describe(config), "config")
-    devices = devices_lib.find_devices(config.parallel.devices)
+    devices = _find_devices(config)
     devices_lib.check_trainable(
         devices, config.train.batch_size, config.parallel.backend
     )
@@ -147,9 +147,15 @@ def _open(
         data=images,
         folder=files_of.category_folder(workdir, category),
         trunk=trunk,
-        devices=devices_lib.find_devices(config.parallel.devices),
+        devices=_find_devices(config),
         title=category,
     )
+
+
+def _find_devices(config: ConfigDict) -> devices_lib.Devices:
+    """Returns the devices that a config asks for."""
+    parallel = config.parallel
+    return devices_lib.find_devices(parallel.devices, shards_state=parallel.shard_state)
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:

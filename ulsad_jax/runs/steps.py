@@ -89,14 +89,23 @@ def make_train_step(method: Method, devices: Devices, backend: str) -> Step:
 
     Args:
         method: method whose update it runs.
-        devices: devices on which the state is replicated and over which the batch is
-            split.
+        devices: devices over which the batch is split, and the state, if
+            `Devices.shards_state` says so; it is replicated otherwise.
         backend: "jit", or "pmap", which runs the update on every device's share of the
             batch and averages moments, gradients and losses.
     """
     if backend != PMAP:
-        update = ignore_mesh(make_update(method))
-        return jax.jit(update, donate_argnums=0, out_shardings=devices.everywhere)
+        update = make_update(method)
+        if devices.shards_state:
+            update = _shard_state(update, devices)
+        return jax.jit(
+            ignore_mesh(update),
+            donate_argnums=0,
+            out_shardings=(
+                None if devices.shards_state else devices.everywhere,
+                devices.everywhere,
+            ),
+        )
     update = jax.pmap(
         make_update(dataclasses.replace(method, axis_name=DATA)),
         axis_name=DATA,
@@ -113,6 +122,22 @@ def make_train_step(method: Method, devices: Devices, backend: str) -> Step:
         return update(state, shares, key)
 
     return step
+
+
+def _shard_state(update: Step, devices: Devices) -> Step:
+    """Returns an update of a state that is split over devices.
+
+    The model is gathered first: computations are those of whole parameters, and only
+    their results and what `State.training` holds are split.
+    """
+    constrain = jax.lax.with_sharding_constraint
+
+    def run(state, batch, key):
+        model = constrain(state.model, devices.everywhere)
+        state, losses = update(state.replace(model=model), batch, key)
+        return constrain(state, devices.choose_places(state)), losses
+
+    return run
 
 
 def make_update(method: Method) -> Step:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ulsad_jax.runtime import hosts
+
 
 def digest(value: Any) -> dict[str, Any]:
     """Returns the checksum of a value that is saved as JSON."""
@@ -20,6 +22,8 @@ def digest_arrays(tree: Any) -> dict[str, Any]:
     """Returns the checksum and the layout of a tree of arrays."""
     checksum = 0
     for leaf in jax.tree.leaves(tree):
+        if not leaf.is_fully_replicated:  # it may lie on other hosts, too
+            leaf = hosts.gather(leaf)
         flat = np.ascontiguousarray(jax.device_get(leaf)).reshape(-1)
         checksum = zlib.crc32(flat.view(np.uint8), checksum)
     return {"crc32": checksum, "layout": describe_layout(tree)}

@@ -1,4 +1,6 @@
-"""Splits batches over many devices; all other arrays are replicated on each device.
+"""Splits batches over many devices, and the state of training if that is asked for.
+
+All other arrays are replicated on each device.
 
 The devices may belong to several processes, each of which handles its own rows. A
 jitted function of arrays placed like this is the function of the whole batch: XLA
@@ -36,9 +38,11 @@ class Devices:
 
     Attributes:
         mesh: mesh of all devices along the axis `DATA`.
+        shards_state: whether each device holds a share of the state of training only.
     """
 
     mesh: Mesh
+    shards_state: bool = False
 
     def __len__(self) -> int:
         """Returns the number of devices."""
@@ -50,13 +54,38 @@ class Devices:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def replicate(self, tree: Any) -> Any:
-        """Copies a tree of arrays, which every process holds whole, to every device."""
+        """Copies a tree of arrays to every device.
 
-        def put(x: Any) -> jax.Array:
-            x = np.asarray(x)
-            return jax.make_array_from_callback(x.shape, self.everywhere, x.__getitem__)
+        Args:
+            tree: arrays that every process holds whole, or that are split over these
+                devices.
+        """
+        return jax.tree.map(lambda x: _put(x, self.everywhere), tree)
 
-        return jax.tree.map(put, tree)
+    def place_state(self, state: Any) -> Any:
+        """Puts a state of training where `choose_places` says, see `replicate`."""
+        return jax.tree.map(_put, state, self.choose_places(state))
+
+    def choose_places(self, state: Any) -> Any:
+        """Returns the shardings of a state of training, a function of its shapes.
+
+        With `shards_state` each array is split along its largest axis of those that the
+        number of devices divides, the first of equal ones. It is whole on every device
+        if there is no such axis.
+
+        Args:
+            state: tree of arrays or of shapes.
+        """
+        n = len(self)
+
+        def choose(x: Any) -> NamedSharding:
+            axes = [i for i, size in enumerate(x.shape) if size and size % n == 0]
+            if not (self.shards_state and axes):
+                return self.everywhere
+            axis = max(axes, key=lambda i: x.shape[i])
+            return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, DATA))
+
+        return jax.tree.map(choose, state)
 
     def split(self, batch: Float[np.ndarray, "b ..."]) -> Float[Array, "b ..."]:
         """Splits an array along its rows, whose number is a multiple of the devices."""
@@ -106,8 +135,12 @@ class Devices:
         return -(-batch_size // len(self)) * len(self)
 
 
-def find_devices(count: int = 0) -> Devices:
+def find_devices(count: int = 0, *, shards_state: bool = False) -> Devices:
     """Returns the first `count` devices, or all of them if `count` is 0.
+
+    Args:
+        count: number of devices.
+        shards_state: see `Devices`.
 
     Raises:
         UserError: there are fewer devices, or there are several processes and `count`
@@ -126,7 +159,7 @@ def find_devices(count: int = 0) -> Devices:
             f"be used, found {count} in config.parallel.devices. Set "
             "--config.parallel.devices=0."
         )
-    return Devices(Mesh(np.array(found[: count or None]), (DATA,)))
+    return Devices(Mesh(np.array(found[: count or None]), (DATA,)), shards_state)
 
 
 def check_trainable(devices: Devices, batch_size: int, backend: str) -> None:
@@ -139,9 +172,16 @@ def check_trainable(devices: Devices, batch_size: int, backend: str) -> None:
 
     Raises:
         UserError: the batch cannot be split evenly (the message suggests batch sizes
-            and numbers of devices), or pmap is used with several processes.
+            and numbers of devices), or pmap is used with several processes or with a
+            state that is split.
     """
     n = len(devices)
+    if backend == PMAP and devices.shards_state:
+        raise UserError(
+            "Expected config.parallel.backend to be 'jit', as config.parallel."
+            f"shard_state is set, found {backend!r}. Set --config.parallel.backend=jit "
+            "or --config.parallel.shard_state=False."
+        )
     if backend == PMAP and jax.process_count() > 1:
         raise UserError(
             "Expected config.parallel.backend to be 'jit', as there are "
@@ -173,6 +213,15 @@ def ignore_mesh(function: Callable) -> Callable:
             return function(*args)
 
     return run
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns an array with a sharding, from one as `Devices.replicate` takes."""
+    whole = not isinstance(x, jax.Array) or x.is_fully_replicated
+    if not (whole or x.is_fully_addressable):
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import pytest
 from tests import runs
 from tests.conftest import data  # noqa: F401
 from ulsad_jax.methods.base import Method, State
+from ulsad_jax.methods.flows import Cflow, FastFlow
 from ulsad_jax.methods.padim import Padim
 from ulsad_jax.methods.patchcore import Patchcore
 from ulsad_jax.methods.pca import Pca
@@ -246,6 +247,31 @@ def test_models_of_images_equal_those_of_one_device(backend, method):
         found.append(method.maps(model, batch) | method.scores(model, batch))
     for name, expected in found[0].items():
         np.testing.assert_allclose(found[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [FastFlow(steps=2), Cflow(steps=2, positions=10**4)])
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+def test_flows_equal_those_of_one_device(backend, method):
+    """Of CFLOW with all positions in one step: devices draw orders of their own."""
+    kept, key, found = make_kept(BATCH), jax.random.key(0), []
+    kept = dataclasses.replace(kept, features={"layer1": kept.features})
+    shapes = {"layer1": runs.features(8, 8, 6)}
+    spec = steps.make_spec(BATCH, (64, 64), shapes)
+    for count, way in ((1, "jit"), (8, backend)):
+        devices = parallel.find_devices(count)
+        batch = sources.load(kept, np.arange(BATCH), BATCH, devices)
+        state = devices.replicate(steps.make_init(method, spec)(key))
+        step = steps.make_train_step(method, devices, way)
+        losses = []
+        for _ in range(3):
+            state, new = step(state, batch, key)
+            losses.append(new["total"])
+        model = jax.device_get(state.model)
+        maps = method.maps(model, sources.read(kept, np.arange(BATCH), BATCH))
+        found.append(jax.device_get((losses, maps)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found
+    )
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import zlib
 
 import numpy as np
 
-SIZE, BATCH, SEED, STEPS, UPDATES = (32, 40), 2, 7, 4, 3
+SIZE, BATCH, SEED, STEPS, UPDATES = (32, 40), 2, 7, 2, 3
 DECAY = 0.1  # more than the default, so that it shows
 CONDITION, POSITIONS = 16, 48  # positions of one level are not all of a step's
 LEVELS = {"layer1": (8, 10, 7), "layer2": (4, 5, 12)}
@@ -36,7 +36,7 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith("rotation"):
         return np.linalg.qr(z)[0]
     if name.endswith("kernel"):
-        return z * np.float32(3 / np.sqrt(np.prod(shape[:-1])))
+        return z * np.float32(2 / np.sqrt(np.prod(shape[:-1])))
     if name.endswith("global_scale"):
         return 10 + z
     return 1 + z / 10 if name.endswith("/scale") else z / 10

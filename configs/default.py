@@ -166,6 +166,11 @@ def _methods() -> ConfigDict:
     methods.dfr = ConfigDict({"latent": 0, "variance": 0.9, "learning_rate": 1e-4})
     # Adam of reverse distillation.
     methods.rd = ConfigDict({"learning_rate": 0.005, "b1": 0.5, "b2": 0.999})
+    # DRAEM's networks have so many channels at the images' size: the one that repairs
+    # and the one that segments. `learning_rate` is Adam's.
+    methods.draem = ConfigDict(
+        {"repair_width": 128, "segment_width": 64, "learning_rate": 1e-4}
+    )
     # EfficientAD's teacher and student are "small" or "medium". The share
     # `distill_share` of the updates trains the teacher, the rest student and
     # autoencoder. `learning_rate` and `weight_decay` (L2) are Adam's.

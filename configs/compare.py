@@ -6,6 +6,7 @@ from configs import sweep
 
 # Each with its own defaults. Whitening would leave PCA no directions to choose from.
 # EfficientAD's teacher learned standardised features, its student from single images.
+# DRAEM has an eighth of its channels, with which a CPU can train it.
 METHODS = {
     "ulsad": {},
     "padim": {},
@@ -14,6 +15,7 @@ METHODS = {
     "dfr": {},
     "rd": {},
     "efficientad": {"trunk": {"whiten": "never"}, "train": {"batch_size": 1}},
+    "draem": {"methods": {"draem": {"repair_width": 16, "segment_width": 8}}},
 }
 
 

@@ -81,7 +81,7 @@ def test_losses_and_gradient_are_the_authors(stored, state, learn):
     np.testing.assert_allclose(found, stored["losses"], rtol=1e-4)
     moments = torch_names.export({"params": after.training["adam"][0].mu})
     assert moments.keys() == {*stored["names"]}
-    largest = stored["norms"].max()
+    largest = float(stored["norms"].max())
     for name, norm in zip(stored["names"], stored["norms"], strict=True):
         found = 10 * np.linalg.norm(moments[name])
         assert found == pytest.approx(norm, rel=2e-3, abs=1e-5 * largest), name

@@ -553,6 +553,7 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
         ({"method": "padim", "methods.padim.channels": 0}, "channels to be an integer"),
         ({"method": "padim", "methods.padim.epsilon": 0.0}, "epsilon to be a finite"),
         ({"method": "pca", "methods.pca.variance": 1.0}, "variance to be a number"),
+        ({"method": "draem", "methods.draem.repair_width": 0}, "an integer from 1 up"),
         ({"method": "efficientad", "methods.efficientad.size": "s"}, "small, medium"),
         (
             {"method": "patchcore", "methods.patchcore.share": 2.0},

@@ -6,6 +6,7 @@ from configs import sweep
 
 # Each with its own defaults. Whitening would leave PCA no directions to choose from.
 # EfficientAD's teacher learned standardised features, its student from single images.
+# DRAEM has an eighth of its channels, with which a CPU can train it.
 METHODS = {
     "ulsad": {},
     "padim": {},
@@ -16,6 +17,7 @@ METHODS = {
     "fastflow": {},
     "cflow": {},
     "efficientad": {"trunk": {"whiten": "never"}, "train": {"batch_size": 1}},
+    "draem": {"methods": {"draem": {"repair_width": 16, "segment_width": 8}}},
 }
 
 

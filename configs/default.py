@@ -174,6 +174,11 @@ def _methods() -> ConfigDict:
     # a code of `condition` channels. A step of Adam takes so many `positions`.
     methods.cflow = ConfigDict({"steps": 8, "condition": 128, "positions": 256})
     methods.cflow.learning_rate = 2e-4
+    # DRAEM's networks have so many channels at the images' size: the one that repairs
+    # and the one that segments. `learning_rate` is Adam's.
+    methods.draem = ConfigDict(
+        {"repair_width": 128, "segment_width": 64, "learning_rate": 1e-4}
+    )
     # EfficientAD's teacher and student are "small" or "medium". The share
     # `distill_share` of the updates trains the teacher, the rest student and
     # autoencoder. `learning_rate` and `weight_decay` (L2) are Adam's.

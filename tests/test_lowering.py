@@ -84,7 +84,13 @@ def test_every_program_is_here():
 
 @pytest.mark.parametrize(
     "method",
-    ["ulsad+padim+words", "patchcore+pca", "dfr+rd+fastflow+cflow", "efficientad"],
+    [
+        "ulsad+padim+words",
+        "patchcore+pca",
+        "dfr+rd+fastflow+cflow",
+        "efficientad",
+        "draem",
+    ],
 )
 def test_training_step(method):
     step = steps.make_train_step(make(method)[1].method, find_devices(1), "jit")

@@ -555,6 +555,7 @@ def test_padim_is_the_mahalanobis_distance_of_every_position():
         ({"method": "pca", "methods.pca.variance": 1.0}, "variance to be a number"),
         ({"method": "fastflow", "methods.fastflow.ratio": 0.0}, "ratio to be a finite"),
         ({"method": "cflow", "methods.cflow.condition": 6}, "to be a multiple of 4"),
+        ({"method": "draem", "methods.draem.repair_width": 0}, "an integer from 1 up"),
         ({"method": "efficientad", "methods.efficientad.size": "s"}, "small, medium"),
         (
             {"method": "patchcore", "methods.patchcore.share": 2.0},

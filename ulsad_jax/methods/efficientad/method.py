@@ -98,8 +98,8 @@ class EfficientAd(Method):
     ) -> dict[str, Float[Array, ""]]:
         """Returns the losses on unchanged images; `TOTAL` leaves out the teacher's.
 
-        So checkpoints of both parts are ranked alike: those in which the student has
-        not learned yet are the worst.
+        So checkpoints of both parts rank alike: a student that has not learned yet is
+        as far from the standardised teacher as can be.
         """
         del step
         raw, *outputs = self.describe(model, batch)
@@ -155,7 +155,7 @@ class EfficientAd(Method):
 
         def loss_fn(raw):
             loss = _mean_square(target, raw).mean()
-            return loss, _fill({"distillation": loss})
+            return loss, _fill({"distillation": loss}) | measure_moments(raw)
 
         new, losses = descent.step(
             self._make_teacher(target.shape[-1]),
@@ -166,7 +166,8 @@ class EfficientAd(Method):
             batch.image,
             train=True,
         )
-        model = state.model | {"teacher": new.model}
+        moments = {name: losses.pop(name) for name in ("mean", "square")}
+        model = state.model | {"teacher": new.model} | moments
         training = state.training | {"teacher": new.training}
         return State(new.step, model, training), losses
 
@@ -183,7 +184,7 @@ class EfficientAd(Method):
         raw, other = (
             teacher.apply(model["teacher"], x, train=False) for x in (image, changed)
         )
-        moments = {"mean": raw.mean((0, 1, 2)), "square": (raw**2).mean((0, 1, 2))}
+        moments = measure_moments(raw)
         if self.axis_name is not None:
             moments = jax.lax.pmean(moments, self.axis_name)
         for name, own in moments.items():  # the mean over all batches so far
@@ -226,6 +227,11 @@ def place_features(batch: Batch) -> Description:
     """Returns the trunk's features at the patches of a description."""
     size = tuple(n // 4 for n in batch.image.shape[1:3])
     return resize(batch.features, size)[:, BORDER:-BORDER, BORDER:-BORDER]
+
+
+def measure_moments(raw: Description) -> dict[str, Float[Array, " c"]]:
+    """Returns the mean of each channel, and that of its square."""
+    return {"mean": raw.mean((0, 1, 2)), "square": jnp.square(raw).mean((0, 1, 2))}
 
 
 def standardize(moments: Mapping[str, jax.Array], raw: Description) -> Description:

@@ -1,0 +1,191 @@
+"""DRAEM against anomalib and its authors; `goldens/draem.py` says how."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ulsad_jax
+from tests import runs
+from tests.goldens import draem as golden
+from tests.test_experiment import interrupt_at, needs_cpu
+from ulsad_jax import export
+from ulsad_jax.methods.base import TOTAL, Batch, State
+from ulsad_jax.methods.draem import defects
+from ulsad_jax.methods.draem.method import Draem
+from ulsad_jax.runs import steps
+from ulsad_jax.runtime.devices import find_devices
+from ulsad_jax.runtime.errors import Interrupted
+from ulsad_jax.trunks import torch_names
+
+METHOD = Draem(repair_width=golden.WIDTHS[0], segment_width=golden.WIDTHS[1])
+UPDATES = 10
+
+
+@pytest.fixture(scope="module")
+def stored():
+    with np.load(pathlib.Path(golden.__file__).with_suffix(".npz")) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """The state with the golden's weights, before the first of ten updates."""
+    size = golden.SIZE, golden.SIZE
+    spec = steps.make_spec(golden.BATCH, size, None, 8, UPDATES)
+    drawn = steps.make_init(METHOD, spec)(jax.random.key(0))
+    names = torch_names.export(jax.device_get(drawn.model))
+    arrays = {name: golden.fill(name, x.shape) for name, x in names.items()}
+    model = torch_names.import_arrays(arrays, drawn.model, "DRAEM")
+    return State(drawn.step, model, drawn.training)
+
+
+@pytest.fixture(scope="module")
+def learn():
+    return jax.jit(METHOD.learn)
+
+
+def assert_near(found, expected, bound=1e-4):
+    found = np.asarray(found)
+    assert found.shape == expected.shape
+    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+
+
+def make_batch(image):
+    pixels = np.round(np.asarray(image) * 255).astype(np.uint8)
+    return Batch(pixels, None, np.ones(len(pixels), bool))
+
+
+def test_maps_are_anomalibs(stored, state):
+    _, defective, _ = golden.images()
+    n = golden.STRIDE
+    run = jax.jit(lambda x: METHOD.network.apply(state.model, x, train=False))
+    repaired, logits = run(defective)
+    assert_near(repaired[:, ::n, ::n], stored["repaired"])
+    assert_near(jax.nn.softmax(logits)[:, ::n, ::n, 1], stored["map"])
+    pixels = make_batch(defective)
+    _, logits = run(pixels.image / np.float32(255))
+    found = METHOD.maps(state.model, pixels)
+    assert_near(found["defect"], np.asarray(jax.nn.softmax(logits)[..., 1]))
+
+
+def test_losses_and_gradient_are_the_authors(stored, state, learn):
+    after, losses = learn(state, *golden.images())
+    names = ("square", "structure", "focal", TOTAL)
+    found = [float(losses[name]) for name in names]
+    np.testing.assert_allclose(found, stored["losses"], rtol=1e-4)
+    moments = torch_names.export({"params": after.training["adam"][0].mu})
+    assert moments.keys() == {*stored["names"]}
+    largest = float(stored["norms"].max())
+    for name, norm in zip(stored["names"], stored["norms"], strict=True):
+        found = 10 * np.linalg.norm(moments[name])
+        assert found == pytest.approx(norm, rel=2e-3, abs=1e-5 * largest), name
+
+
+def test_noise_is_anomalibs(stored):
+    angles = 2 * np.pi * golden.angles()
+    # Theirs ends where ours would begin again.
+    around = np.zeros((16, 16), np.float32)
+    around[: angles.shape[0], : angles.shape[1]] = angles
+    positions = (np.arange(golden.SIZE) / golden.SIZE * n for n in golden.CELLS)
+    places = np.meshgrid(*positions, indexing="ij")
+    found = defects.perlin(jnp.array(around), *places)
+    n = golden.STRIDE
+    np.testing.assert_allclose(found[::n, ::n], stored["noise"], atol=1e-5)
+
+
+def test_drawn_defects():
+    """Half of the images, what is outside of the mask stays, and keys decide."""
+    image = jnp.full((64, 64, 96, 3), 0.5)
+    draw = jax.jit(defects.draw_defects)
+    defective, mask = draw(image, jax.random.key(0))
+    assert {*np.unique(mask)} == {0, 1}
+    assert jnp.all(jnp.where(mask[..., None] == 0, defective == image, True))
+    assert defective.min() >= 0 and defective.max() <= 1
+    shares = mask.mean((1, 2))
+    assert 0.25 < (shares > 0).mean() < 0.6  # some of the noise is nowhere high
+    assert 0.005 < shares[shares > 0].mean() < 0.2
+    changed = jnp.abs(defective - image).max(-1)
+    assert (changed[mask > 0] > 0.02).mean() > 0.9
+    again, other = draw(image, jax.random.key(0))[1], draw(image, jax.random.key(1))[1]
+    assert jnp.all(again == mask) and jnp.any(other != mask)
+
+
+def test_rate_falls_twice(state, learn):
+    """The first step of Adam from the same state is as large as the rate."""
+
+    def change(step):
+        at = state.replace(step=jnp.asarray(step, jnp.int32))
+        after, _ = learn(at, *golden.images())
+        params = after.model["params"], state.model["params"]
+        changes = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), *params)
+        return max(jax.tree.leaves(changes))
+
+    assert change(7) == pytest.approx(1e-4, rel=0.02)
+    assert change(8) == pytest.approx(2e-5, rel=0.05)
+    assert change(9) == pytest.approx(4e-6, rel=0.2)
+
+
+def test_losses_leave_out_rows_that_fill_up(state):
+    batch = make_batch(golden.images()[0])
+    filled = batch._replace(valid=np.array([True, False]))
+    other = filled._replace(image=np.stack([batch.image[0], batch.image[0]]))
+    run = jax.jit(METHOD.losses)
+    found, same = (run(state.model, x, 0) for x in (filled, other))
+    for name, value in found.items():
+        assert float(same[name]) == pytest.approx(float(value), rel=1e-5)
+
+
+def test_update_of_pmap_learns(state):
+    step = steps.make_train_step(METHOD, find_devices(1), "pmap")
+    batch = make_batch(golden.images()[0])
+    state, found = step(jax.device_put(state), batch, jax.random.key(0))
+    assert state.step == 1 and all(np.isfinite(list(found.values())))
+
+
+FIELDS = {
+    "method": "draem",
+    "methods.draem.repair_width": 4,
+    "methods.draem.segment_width": 4,
+    "train.num_epochs": 2,
+    "train.checkpoint_every": 1,
+    "train.dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A finished run; read-only."""
+    config = runs.make_config(data, FIELDS)
+    workdir = tmp_path_factory.mktemp("draem") / "run"
+    return runs.Run(workdir, config, runs.train(config, workdir))
+
+
+def test_what_a_run_leaves(run):
+    assert not (run.workdir / "trunk.safetensors").exists()
+    first, second = runs.read_metrics(run.workdir)
+    assert {"loss/square", "loss/structure", "loss/focal"} <= first.keys()
+    assert second["validation/total"] > 0
+    detector = ulsad_jax.Detector.load(run.workdir)
+    for row in runs.read_scores(run.workdir)[:2]:
+        result = detector(row["image"])
+        assert {*result.maps} == {"defect"}
+        assert result.score == pytest.approx(float(row["score"]), rel=0.05, abs=0.02)
+    path = run.workdir / "bottle.zip"
+    export.main([f"--workdir={run.workdir}", f"--output={path}", "--platforms=cpu"])
+    assert path.exists()
+
+
+@needs_cpu
+def test_stopped_and_resumed(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, signal.SIGTERM, 1, 1)
+        with pytest.raises(Interrupted, match="after step 5"):
+            runs.train(run.config, tmp_path / "again")
+    runs.train(run.config, tmp_path / "again")
+    runs.assert_same_category(tmp_path / "again", run.workdir)

@@ -1,7 +1,9 @@
 """The two sides of `benchmarks/peers.py`.
 
 Both have the same Wide ResNet-50-2 with the same random weights, all its channels, the
-same images and the same numbers of images in a batch.
+same images and the same numbers of images in a batch. EfficientAD needs no trunk once
+it has a teacher: its fit is a training step of student and autoencoder for each image,
+with a random teacher and without a penalty on other images.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from ulsad_jax.trunks import base as trunks
 # Outputs whose features each method compares, on the grid of the first; as in anomalib,
 # channels are not pooled.
 LAYERS = {"patchcore": "layer2+layer3", "padim": "layer1+layer2+layer3"}
+# The smallest image that anomalib's EfficientAD takes in place of its penalty's.
+LEAST = 64
 CHANNELS = 100  # of PaDiM, chosen at random
 SHARE = 0.1  # of the patches, in PatchCore's coreset
 
@@ -33,6 +37,7 @@ patchcore, padim = (
     )
     for layers in LAYERS.values()
 )
+efficientad = trunks.find(ARCHITECTURE)  # pooled to as many channels as the teacher has
 
 
 def read_peak() -> int:
@@ -72,6 +77,7 @@ class Ours:
         config.train.batch_size = batch
         config.methods.padim.channels = CHANNELS
         config.methods.patchcore.share = SHARE
+        config.methods.efficientad.distill_share = 1e-9
         config.dataset.name, config.dataset.root = "folder", "."
         self.made = setup.make(config_lib.resolve(config))
         trunk = draw_trunk()
@@ -79,6 +85,7 @@ class Ours:
         self.trunk = jax.device_put(pyramid_variables(config.trunk.architecture, trunk))
         self.devices = devices.find_devices(1)
         self.images, self.batch = make_images(images, size), batch
+        self.method = method
 
     def fit(self) -> float:
         """Fits to the images; returns the seconds."""
@@ -108,22 +115,10 @@ class Ours:
         from ulsad_jax.scoring.thresholds import Thresholds
         from ulsad_jax.trunks import sources
 
-        method, pyramid = self.made.method, self.made.pyramid
-        n, size = len(self.images), self.batch
-        batches = [
-            {"image": self.images[rows], "index": rows, "valid": valid}
-            for rows, valid in self._list_batches()
-        ]
-        normals = sources.keep(
-            pyramid,
-            self.trunk,
-            [batches, batches[:1]],
-            [n, size],
-            whiten=False,
-            devices=self.devices,
-        )
-        normals = sources.place(normals, self.devices)
-        state = steps.make_init(method, self.made.spec(size, n))(jax.random.key(0))
+        method, n = self.made.method, len(self.images)
+        normals = self._extract()
+        spec = self.made.spec(self.batch, n)
+        state = steps.make_init(method, spec)(jax.random.key(0))
         step = steps.make_train_step(method, self.devices, "jit")
         for rows, valid in self._list_batches():
             loaded = sources.load(normals.train, rows, int(valid.sum()), self.devices)
@@ -132,6 +127,29 @@ class Ours:
         shapes = jax.eval_shape(method.maps, model, self.made.spec(1).batch)
         same = Calibration(dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 1.0))
         return Weights(self.trunk, normals.statistics, model, same, Thresholds())
+
+    def _extract(self) -> Any:
+        """Returns images and features; features of zeros where none are needed."""
+        from ulsad_jax.trunks import features, sources
+
+        n, shape = len(self.images), self.made.features.shape[1:]
+        if self.method == "efficientad":
+            kept = sources.Kept(self.images, np.zeros((n, *shape), np.float32))
+            same = np.zeros(shape[-1:], np.float32), np.ones(shape[-1:], np.float32)
+            return sources.Normals(kept, kept, features.ChannelStatistics(*same))
+        batches = [
+            {"image": self.images[rows], "index": rows, "valid": valid}
+            for rows, valid in self._list_batches()
+        ]
+        normals = sources.keep(
+            self.made.pyramid,
+            self.trunk,
+            [batches, batches[:1]],
+            [n, self.batch],
+            whiten=False,
+            devices=self.devices,
+        )
+        return sources.place(normals, self.devices)
 
     def _list_batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns the rows of each batch, and which of them are not padding."""
@@ -187,9 +205,12 @@ class Theirs:
         return read_peak()
 
     def _make(self):
+        from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
         from anomalib.models.image.padim.torch_model import PadimModel
         from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
+        if self.method == "efficientad":
+            return EfficientAdModel(efficientad.channels).eval()
         layers = LAYERS[self.method].split("+")
         kwargs = {"backbone": ARCHITECTURE, "layers": layers, "pre_trained": False}
         if self.method == "padim":
@@ -205,6 +226,8 @@ class Theirs:
         return model.eval()
 
     def _fit(self) -> None:
+        if self.method == "efficientad":
+            return self._learn()
         model = self.model
         model.training = True  # its trunk stays in inference mode
         with self.torch.no_grad():
@@ -216,11 +239,26 @@ class Theirs:
                 model.subsample_embedding(SHARE)
         model.eval()
 
+    def _learn(self) -> None:
+        """Takes a step of Adam on each batch."""
+        model = self.model.train()
+        learned = [*model.student.parameters(), *model.ae.parameters()]
+        adam = self.torch.optim.Adam(learned, lr=1e-4, weight_decay=1e-5)
+        for start in range(0, len(self.images), self.batch):
+            x = self._normalize(self.images[start : start + self.batch])
+            losses = model(x, x[:, :, :LEAST, :LEAST])
+            adam.zero_grad()
+            sum(losses).backward()
+            adam.step()
+        model.eval()
+
     def _normalize(self, images: np.ndarray):
-        """Returns images as the trunk takes them, float32 [b, 3, h, w]."""
+        """Returns images as the model takes them, float32 [b, 3, h, w]."""
         from ulsad_jax.nn.layers import IMAGENET_MEAN, IMAGENET_STD
 
         x = self.torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        if self.method == "efficientad":  # it does so itself
+            return x.contiguous()
         mean, std = (
             self.torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
         )

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from tests import runs
 from tests.test_loop import BATCH, Mean
 from tests.test_training import init, load, make_kept, make_method
 from ulsad_jax import Detector
+from ulsad_jax.runs import run as experiment
 from ulsad_jax.runs import steps
 from ulsad_jax.runs.validation import make_validation_step
 from ulsad_jax.runtime.devices import find_devices
@@ -46,6 +48,19 @@ def test_update(kind):
             state, losses = function(state, batch, key)
         assert state.step == 1
         assert losses["total"] == np.mean(batch.image)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_training_and_evaluation(data, finished, tmp_path, context):
+    """From Python, in the caller's context, which is there again afterwards."""
+    config, workdir = runs.make_config(data), tmp_path / "run"
+    with CONTEXTS[context]():
+        before = jax.sharding.get_abstract_mesh()
+        runs.train(config, workdir)
+        experiment.evaluate(workdir)
+        assert jax.sharding.get_abstract_mesh() == before
+    assert runs.read_metrics(workdir) == runs.read_metrics(finished.workdir)
+    assert runs.read_scores(workdir) == runs.read_scores(finished.workdir)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)

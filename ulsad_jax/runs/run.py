@@ -25,6 +25,7 @@ from ulsad_jax.trunks import weights as trunk_weights
 from ulsad_jax.trunks.weights import Trunk
 
 
+@devices_lib.without_mesh()
 def train(config: ConfigDict, workdir: Path) -> str:
     """Trains and evaluates every category of a config, or resumes doing so.
 
@@ -72,6 +73,7 @@ def _train(config: ConfigDict, workdir: Path) -> str:
     return collect(config, workdir, categories, trunk)
 
 
+@devices_lib.without_mesh()
 def evaluate(
     workdir: Path,
     *,

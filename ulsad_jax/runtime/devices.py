@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +200,16 @@ def check_trainable(devices: Devices, batch_size: int, backend: str) -> None:
             f"found {batch_size}. Set --config.train.batch_size to "
             f"{f'{below} or ' if below else ''}{above}, or {otherwise}."
         )
+
+
+@contextmanager
+def without_mesh() -> Iterator[None]:
+    """Runs a block or a function outside of a caller's `jax.set_mesh`.
+
+    Within it JAX would refuse arrays of our mesh.
+    """
+    with jax.set_mesh(None):
+        yield
 
 
 def ignore_mesh(function: Callable) -> Callable:

@@ -22,7 +22,7 @@ from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runs import run as run_lib
 from ulsad_jax.runs.category import CategoryRun
 from ulsad_jax.runtime import compilation, files, lock
-from ulsad_jax.runtime.devices import find_devices
+from ulsad_jax.runtime.devices import find_devices, without_mesh
 from ulsad_jax.runtime.errors import Diverged, UserError
 from ulsad_jax.sweep import costs, fusions, grid, memory, summary, wave
 from ulsad_jax.sweep.shared import Source
@@ -60,6 +60,7 @@ class Job:
         )
 
 
+@without_mesh()
 def train(config: ConfigDict, workdir: Path) -> str:
     """Trains and evaluates every member of a sweep, or resumes doing so.
 

@@ -21,7 +21,7 @@ from ulsad_jax import export
 from ulsad_jax.methods.base import TOTAL, Batch, State
 from ulsad_jax.methods.flows import Cflow, FastFlow, list_levels
 from ulsad_jax.nn.flow import Flow, encode_positions
-from ulsad_jax.nn.layers import Conv
+from ulsad_jax.nn.layers import Conv, Linear
 from ulsad_jax.runs import steps
 from ulsad_jax.runtime.errors import Interrupted, UserError
 
@@ -143,7 +143,7 @@ def test_log_determinant_is_that_of_the_jacobian(channels, rotate):
 
 def test_rotations_are_drawn_once_and_keep_lengths():
     flow = Flow((1, 1), 2.0, CLAMP, True)
-    x = np.ones((1, 1, 1, 6), np.float32)
+    x = np.ones((1, 6), np.float32)
     fixed = flow.init(jax.random.key(0), x)["fixed"]
     one, other = (fixed[f"steps_{i}"]["rotation"] for i in (0, 1))
     np.testing.assert_allclose(one @ one.T, np.eye(6), atol=1e-6)
@@ -158,8 +158,10 @@ def undo(params, order, kernel, y):
     answer = first
     for i in (0, 2):
         weights = params[f"subnet_{i}"]
-        conv = Conv(weights["bias"].size, (kernel, kernel), padding=kernel // 2)
-        answer = conv.apply({"params": weights}, np.maximum(answer, 0) if i else answer)
+        count, size = weights["bias"].size, (kernel, kernel)
+        layer = Conv(count, size, padding=1) if kernel == 3 else Linear(count)
+        answer = np.maximum(answer, 0) if i else answer
+        answer = layer.apply({"params": weights}, answer)
     log_scale, shift = np.split(0.1 * answer, 2, axis=-1)
     second = (second - shift) / np.exp(CLAMP * np.tanh(log_scale))
     return np.concatenate([first, second], axis=-1)

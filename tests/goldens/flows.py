@@ -65,8 +65,9 @@ def convert(name: str, shape: tuple[int, ...]) -> tuple[str, np.ndarray]:
     if ours.endswith("weight"):
         ours = ours.replace("weight", "kernel")
         o, i, *size = shape
-        drawn = fill(ours, (*(size or (1, 1)), i, o))
-        return ours, drawn.transpose(3, 2, 0, 1).reshape(shape)
+        size = [] if size == [1, 1] else size
+        axes = (-1, -2, *range(len(size)))
+        return ours, fill(ours, (*size, i, o)).transpose(axes).reshape(shape)
     return ours, fill(ours, (max(shape),)).reshape(shape)
 
 

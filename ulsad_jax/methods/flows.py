@@ -257,9 +257,8 @@ class Cflow(Method):
         shares = 1 if axis is None else jax.lax.axis_size(axis)
         count = min(max(self.positions // shares, 1), len(order))
         steps = len(order) // count
-        codes = encode_positions(*x.shape[1:3], self.condition)
-        codes = jnp.asarray(codes).reshape(-1, 1, 1, self.condition)
-        x = x.reshape(-1, 1, 1, x.shape[-1])
+        codes = jnp.asarray(encode_positions(*x.shape[1:3], self.condition))
+        codes, x = (a.reshape(-1, a.shape[-1]) for a in (codes, x))
 
         def loss_fn(output: Output):
             found = find_log_likelihoods(output)
@@ -323,7 +322,7 @@ class Cflow(Method):
         """Returns the shapes of a flow's inputs in a step, for those of a level."""
         count = min(self.positions, math.prod(x.shape[:3]))
         channels = x.shape[-1], self.condition
-        return [jax.ShapeDtypeStruct((count, 1, 1, c), jnp.float32) for c in channels]
+        return [jax.ShapeDtypeStruct((count, c), jnp.float32) for c in channels]
 
     @property
     def _flow(self) -> Flow:
@@ -370,7 +369,7 @@ def measure(outputs: list[Output]) -> Float[Array, " b"]:
     return sum(losses)
 
 
-def find_log_likelihoods(output: Output) -> Float[Array, "b h w"]:
+def find_log_likelihoods(output: Output) -> Float[Array, "..."]:
     """Returns each position's log-likelihood, divided by the number of channels."""
     z, log_determinant = output
     squares = jnp.square(z).mean(-1) / 2

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ulsad_jax.nn.layers import Conv
+from ulsad_jax.nn.layers import Conv, Linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     # Normal variables, and the positions' parts in the log-determinant.
-    Output = tuple[Float[Array, "b h w c"], Float[Array, "b h w"]]
+    Output = tuple[Float[Array, "... c"], Float[Array, "..."]]
 
 FIXED = "fixed"  # variables that are drawn, and not trained
 
@@ -31,7 +31,8 @@ class Step(nn.Module):
     The first half of the channels says how the second one is scaled and shifted.
 
     Attributes:
-        kernel: height and width of the kernels of both convolutions.
+        kernel: height and width of the kernels of both convolutions; with 1, every
+            position is transformed by itself, and there may be any axes of positions.
         ratio: number of hidden channels, in channels of the input of the first one.
         clamp: bound of the logarithms by which the second half is scaled.
         rotate: True to mix the channels by an orthogonal matrix, False by permutation.
@@ -48,8 +49,8 @@ class Step(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b h w c"],
-        condition: Float[Array, "b h w d"] | None = None,
+        x: Float[Array, "... c"],
+        condition: Float[Array, "... d"] | None = None,
     ) -> Output:
         """Returns the variables, and the positions' parts in the log-determinant."""
         channels = x.shape[-1]
@@ -69,20 +70,23 @@ class Step(nn.Module):
         log_determinant = log_scale.sum(-1) + jnp.log(scale).sum()
         return self._mix(x), log_determinant
 
-    def _ask(
-        self, x: Float[Array, "b h w i"], outputs: int
-    ) -> Float[Array, "b h w outputs"]:
-        """Returns the answer of two convolutions."""
-        size, padding = (self.kernel, self.kernel), self.kernel // 2
+    def _ask(self, x: Float[Array, "... i"], outputs: int) -> Float[Array, "... o"]:
+        """Returns the answer of two layers."""
         hidden = max(int(self.ratio * x.shape[-1]), 1)
-        for i, features in ((0, hidden), (2, outputs)):
-            conv = Conv(
-                features, size, padding=padding, dtype=self.dtype, name=f"subnet_{i}"
-            )
-            x = conv(nn.relu(x) if i else x)
-        return x.astype(jnp.float32)
+        x = nn.relu(self._make_layer(hidden, "subnet_0")(x))
+        return self._make_layer(outputs, "subnet_2")(x).astype(jnp.float32)
 
-    def _mix(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def _make_layer(self, features: int, name: str) -> Conv | Linear:
+        size = self.kernel
+        # In a loop on CPUs, convolutions took ten times as long as matrix products.
+        if size == 1:
+            return Linear(features, self.dtype, name=name)
+        padding = size // 2
+        return Conv(
+            features, (size, size), padding=padding, dtype=self.dtype, name=name
+        )
+
+    def _mix(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
         """Rotates or permutes the channels."""
         name = "rotation" if self.rotate else "order"
         draw = jax.random.orthogonal if self.rotate else jax.random.permutation
@@ -114,8 +118,8 @@ class Flow(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b h w c"],
-        condition: Float[Array, "b h w d"] | None = None,
+        x: Float[Array, "... c"],
+        condition: Float[Array, "... d"] | None = None,
     ) -> Output:
         """Returns the normal variables, and the log-determinant of the Jacobian.
 
@@ -123,7 +127,7 @@ class Flow(nn.Module):
         float32 for every `dtype`.
         """
         settings = self.ratio, self.clamp, self.rotate, self.dtype
-        total = jnp.zeros(x.shape[:3])
+        total = jnp.zeros(x.shape[:-1])
         for i, kernel in enumerate(self.kernels):
             step = Step(kernel, *settings, name=f"steps_{i}")
             x, log_determinant = step(x, condition)

@@ -140,6 +140,25 @@ class Conv(nn.Module):
         return y
 
 
+class Linear(nn.Module):
+    """An affine function of vectors, with PyTorch's default initialisation.
+
+    Attributes:
+        features: number of outputs.
+        dtype: type of the computation; parameters are float32.
+    """
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n features"]:
+        """Computes the function of the vectors along the last axis."""
+        kernel = self.param("kernel", torch_uniform, (x.shape[-1], self.features))
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        return y + _bias(self, x.shape[-1]).astype(self.dtype)
+
+
 class ConvTranspose(nn.Module):
     """A 2-D transposed convolution (PyTorch's `ConvTranspose2d`).
 
@@ -184,7 +203,9 @@ class ConvTranspose(nn.Module):
         return y
 
 
-def _bias(layer: Conv | ConvTranspose, fan_in: int) -> Float[Array, " features"]:
+def _bias(
+    layer: Conv | Linear | ConvTranspose, fan_in: int
+) -> Float[Array, " features"]:
     """Returns the bias of a layer, initialised uniformly in +-1 / sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
 

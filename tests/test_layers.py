@@ -321,8 +321,9 @@ GAIN = np.sqrt(2 / (1 + 0.01**2))
 @pytest.mark.parametrize(
     ("layer", "kernel_bound", "bias_bound"),
     [
-        # PyTorch's default for both: 1 / sqrt(fan_in).
+        # PyTorch's default for both, kernel and bias: 1 / sqrt(fan_in).
         (layers.Conv(64, (3, 3)), 1 / np.sqrt(32 * 9), 1 / np.sqrt(32 * 9)),
+        (layers.Linear(64), 1 / np.sqrt(32), 1 / np.sqrt(32)),
         # Xavier: gain * sqrt(6 / (fan_in + fan_out)).
         (
             layers.Conv(64, (3, 3), kernel_init=layers.xavier_uniform),
@@ -336,7 +337,7 @@ GAIN = np.sqrt(2 / (1 + 0.01**2))
             1 / np.sqrt(64 * 16),
         ),
     ],
-    ids=["conv", "conv-xavier", "transposed"],
+    ids=["conv", "linear", "conv-xavier", "transposed"],
 )
 def test_initial_parameters_fill_their_range(layer, kernel_bound, bias_bound):
     params = layer.init(jax.random.key(0), jnp.zeros((1, 8, 8, 32)))["params"]

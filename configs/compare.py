@@ -5,7 +5,8 @@ from ml_collections import ConfigDict
 from configs import sweep
 
 # Each with its own defaults. Whitening would leave PCA no directions to choose from.
-# EfficientAD's teacher learned standardised features, its student from single images.
+# As published, EfficientAD's teacher learns standardised features, and a batch is one
+# image.
 # DRAEM has an eighth of its channels, with which a CPU can train it.
 METHODS = {
     "ulsad": {},

@@ -14,7 +14,9 @@ import pytest
 
 from tests import runs
 from tests.conftest import data  # noqa: F401
-from ulsad_jax.methods.base import Method, State
+from ulsad_jax.methods.base import IMAGES, LEVELS, Method, State
+from ulsad_jax.methods.draem.method import Draem
+from ulsad_jax.methods.efficientad.method import EfficientAd
 from ulsad_jax.methods.flows import Cflow, FastFlow
 from ulsad_jax.methods.padim import Padim
 from ulsad_jax.methods.patchcore import Patchcore
@@ -249,14 +251,30 @@ def test_models_of_images_equal_those_of_one_device(backend, method):
         np.testing.assert_allclose(found[1][name], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [FastFlow(steps=2), Cflow(steps=2, positions=10**4)])
-@pytest.mark.parametrize("backend", ["jit", "pmap"])
-def test_flows_equal_those_of_one_device(backend, method):
-    """Of CFLOW with all positions in one step: devices draw orders of their own."""
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [
+        ("jit", FastFlow(steps=2)),
+        ("pmap", FastFlow(steps=2)),
+        ("jit", Cflow(steps=2, positions=10**4)),
+        ("pmap", Cflow(steps=2, positions=10**4)),
+        ("jit", EfficientAd()),
+        ("jit", Draem(repair_width=2, segment_width=2)),
+    ],
+)
+def test_networks_equal_those_of_one_device(backend, method):
+    """Of CFLOW with all positions in one step: devices draw orders of their own.
+
+    With pmap, devices draw colours and defects of their own, too.
+    """
     kept, key, found = make_kept(BATCH), jax.random.key(0), []
-    kept = dataclasses.replace(kept, features={"layer1": kept.features})
-    shapes = {"layer1": runs.features(8, 8, 6)}
-    spec = steps.make_spec(BATCH, (64, 64), shapes)
+    shapes = runs.features(8, 8, 6)
+    if method.takes == LEVELS:
+        kept = dataclasses.replace(kept, features={"layer1": kept.features})
+        shapes = {"layer1": shapes}
+    if method.takes == IMAGES:
+        kept, shapes = dataclasses.replace(kept, features=None), None
+    spec = steps.make_spec(BATCH, (64, 64), shapes, BATCH, 3)
     for count, way in ((1, "jit"), (8, backend)):
         devices = parallel.find_devices(count)
         batch = sources.load(kept, np.arange(BATCH), BATCH, devices)
@@ -267,7 +285,7 @@ def test_flows_equal_those_of_one_device(backend, method):
             state, new = step(state, batch, key)
             losses.append(new["total"])
         model = jax.device_get(state.model)
-        maps = method.maps(model, sources.read(kept, np.arange(BATCH), BATCH))
+        maps = jax.jit(method.maps)(model, sources.read(kept, np.arange(BATCH), BATCH))
         found.append(jax.device_get((losses, maps)))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found
@@ -326,6 +344,15 @@ def test_a_run_resumes_on_other_devices(config, run_alone, tmp_path, first, then
     assert_same_run(workdir, run_alone)
     experiment.evaluate(workdir)  # on all eight
     assert_same_run(workdir, run_alone)
+
+
+def test_a_model_of_sums_in_a_state_that_is_split(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.method = "padim"
+    for devices in (1, 8):
+        config.parallel.devices, config.parallel.shard_state = devices, devices > 1
+        runs.train(config, tmp_path / str(devices))
+    assert_same_run(tmp_path / "8", tmp_path / "1")
 
 
 @pytest.mark.parametrize(

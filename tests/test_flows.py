@@ -221,6 +221,17 @@ SMALL = {
 }
 
 
+@pytest.mark.parametrize("method", [FastFlow(steps=2), Cflow(steps=2)])
+def test_losses_leave_out_rows_that_fill_up(batch, method):
+    features = {k: x[: golden.BATCH] for k, x in batch.features.items()}
+    model = steps.make_init(method, make_spec())(jax.random.key(0)).model
+    first = {k: x[:1] for k, x in features.items()}
+    alone = Batch(batch.image[:1], first, np.ones(1, bool))
+    filled = batch._replace(valid=np.arange(golden.BATCH) < 1)
+    found, expected = (method.losses(model, x, 0)[TOTAL] for x in (filled, alone))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
 @needs_cpu
 def test_flows_are_resumed_and_exported(data, tmp_path, monkeypatch):
     """With what is drawn once and not trained."""

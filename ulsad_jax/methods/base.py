@@ -127,7 +127,8 @@ class Method:
         """Checks the method before any data is read or anything is written.
 
         Args:
-            spec: shapes of the batches; `num_images` is not known yet and is 0.
+            spec: shapes of the batches; `num_images` and `num_updates` are not known
+                yet and are 0.
 
         Returns:
             Warnings to the user, one per line, or an empty string.

@@ -186,8 +186,8 @@ class Cflow(Method):
     Attributes:
         steps: number of a flow's steps.
         condition: number of channels of the code of a position.
-        positions: number of positions, of all images of a batch, in a step of Adam; all
-            of a level with fewer.
+        positions: number of positions, of all images of a batch, in a step of Adam; if
+            a level has fewer, a step takes all of them.
         learning_rate: Adam's.
     """
 

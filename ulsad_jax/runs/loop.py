@@ -217,13 +217,14 @@ class Trainer:
 
     def _finish(self) -> State:
         """Returns the state to validate and save, its model whole on all devices."""
-        state = self._state
+        state, replicate = self._state, self._devices.replicate
         if self._devices.shards_state:
-            state = state.replace(model=self._devices.replicate(state.model))
-            if type(self._method).finish is not Method.finish:  # it may need the sums
-                state = self._devices.replicate(state)
+            if type(self._method).finish is Method.finish:
+                state = state.replace(model=replicate(state.model))
+            else:  # it may need the sums
+                state = replicate(state)
         return jax.tree.map(
-            lambda x: self._devices.replicate(x) if isinstance(x, np.ndarray) else x,
+            lambda x: replicate(x) if isinstance(x, np.ndarray) else x,
             self._method.finish(state),
         )
 

@@ -206,7 +206,7 @@ def check_trainable(devices: Devices, batch_size: int, backend: str) -> None:
 def without_mesh() -> Iterator[None]:
     """Runs a block or a function outside of a caller's `jax.set_mesh`.
 
-    Within it JAX would refuse arrays of our mesh.
+    Within such a mesh JAX would refuse arrays of our mesh.
     """
     with jax.set_mesh(None):
         yield
@@ -228,8 +228,7 @@ def ignore_mesh(function: Callable) -> Callable:
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     """Returns an array with a sharding, from one as `Devices.replicate` takes."""
-    whole = not isinstance(x, jax.Array) or x.is_fully_replicated
-    if not (whole or x.is_fully_addressable):
+    if isinstance(x, jax.Array) and not x.is_fully_replicated:
         return jax.device_put(x, sharding)
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)

@@ -114,13 +114,15 @@ def _read(weights: Weights) -> Any:
 
 
 def _share(run: CategoryRun, step: int) -> float:
-    """Returns the share of the published updates, or passes, that were done."""
-    method, count = run.setup.method, len(run.data.train)
+    """Returns the share of the published updates and passes that were done, up to 1."""
+    method = run.setup.method
+    epochs = step * run.config.train.batch_size / len(run.data.train)
+    shares = [1.0]
     if method.published_updates is not None:
-        return step / method.published_updates
-    if method.published_epochs is None:
-        return 1.0
-    return step * run.config.train.batch_size / count / method.published_epochs
+        shares.append(step / method.published_updates)
+    if method.published_epochs is not None:
+        shares.append(epochs / method.published_epochs)
+    return min(shares)
 
 
 def _compile_prediction(

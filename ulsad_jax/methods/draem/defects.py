@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Key
 
 # Perlin noise has 2^k cells along an axis, for k from 0 up to (not including) this.
 SCALES = 6
@@ -27,18 +27,17 @@ WAVES = 64.0  # largest number of a texture's waves across the image
 
 
 def draw_defects(
-    image: Float[Array, "b h w 3"], key: jax.Array
+    image: Float[Array, "b h w 3"], keys: Key[Array, " b"]
 ) -> tuple[Float[Array, "b h w 3"], Float[Array, "b h w"]]:
     """Draws a defect on about half of the images.
 
     Args:
         image: images in 0..1.
-        key: random key.
+        keys: random key of each.
 
     Returns:
         The images with defects, and their masks: 1 where there is one, else 0.
     """
-    keys = jax.random.split(key, len(image))
     return jax.vmap(_draw_defect)(image, keys)
 
 

@@ -80,7 +80,8 @@ class Draem(Method):
     ) -> tuple[State, dict[str, Float[Array, ""]]]:
         """Takes one step of Adam on images with drawn defects."""
         image = _scale(batch)
-        return self.learn(state, image, *draw_defects(image, key))
+        keys = jax.random.split(key, len(image))
+        return self.learn(state, image, *draw_defects(image, keys))
 
     def learn(
         self,
@@ -120,10 +121,14 @@ class Draem(Method):
     def losses(
         self, model: Any, batch: Batch, step: Int[Array, ""]
     ) -> dict[str, Float[Array, ""]]:
-        """Returns the losses in inference mode, with the same defects at every step."""
+        """Returns the losses in inference mode.
+
+        Each image has a defect of its own, the same at every step.
+        """
         del step
         image = _scale(batch)
-        defective, mask = draw_defects(image, jax.random.key(0))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
+        defective, mask = draw_defects(image, keys)
         terms = measure(image, mask, *self.network.apply(model, defective, train=False))
         means = {name: x.mean(where=batch.valid) for name, x in terms.items()}
         return {TOTAL: sum(means.values()), **means}

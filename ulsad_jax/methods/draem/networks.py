@@ -128,59 +128,60 @@ class Networks(nn.Module):
             "defective".
         """
         conv = _make_conv(train, self.dtype, self.axis_name)
-        repair = Repair(
-            self.repair_width, conv, self.dtype, name="reconstructive_subnetwork"
+        repair = Subnetwork(
+            *(self.repair_width, 5, 3, REPAIR, conv, self.dtype),
+            name="reconstructive_subnetwork",
+        )
+        segment = Subnetwork(
+            *(self.segment_width, 6, 2, SEGMENT, conv, self.dtype),
+            suffix="_segment",
+            passes_blocks=True,
+            name="discriminative_subnetwork",
         )
         repaired = repair(image)
-        segment = Segment(
-            self.segment_width, conv, self.dtype, name="discriminative_subnetwork"
-        )
         return repaired, segment(jnp.concatenate([image, repaired], axis=-1))
 
 
-class Repair(nn.Module):
-    """Network that repairs images.
+class Subnetwork(nn.Module):
+    """An encoder and a decoder.
 
     Attributes:
         width: number of channels at the images' size.
+        depth: see `Encoder`.
+        features: number of output channels.
+        stages: see `Decoder`.
         conv: see `_make_conv`.
         dtype: computation type.
+        suffix: end of the names of both.
+        passes_blocks: True to give the decoder all of the encoder's blocks, False for
+            the last one alone.
     """
 
     width: int
+    depth: int
+    features: int
+    stages: Sequence[tuple[str, int, tuple[int, int]]]
     conv: Callable
     dtype: DTypeLike
+    suffix: str = ""
+    passes_blocks: bool = False
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-        """Returns the repaired images."""
-        *_, code = Encoder(self.width, 5, self.conv, name="encoder")(image)
-        decoder = Decoder(self.width, 3, REPAIR, self.conv, self.dtype, name="decoder")
-        return decoder(code)
-
-
-class Segment(nn.Module):
-    """Network that segments pairs of images.
-
-    Attributes:
-        width: number of channels at the images' size.
-        conv: see `_make_conv`.
-        dtype: computation type.
-    """
-
-    width: int
-    conv: Callable
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, pair: Float[Array, "b h w 6"]) -> Float[Array, "b h w 2"]:
-        """Returns the logits of every pixel."""
-        encoder = Encoder(self.width, 6, self.conv, name="encoder_segment")
-        *beside, code = encoder(pair)
-        decoder = Decoder(
-            self.width, 2, SEGMENT, self.conv, self.dtype, name="decoder_segment"
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
+        """Returns an output for every pixel."""
+        encoder = Encoder(
+            self.width, self.depth, self.conv, name=f"encoder{self.suffix}"
         )
-        return decoder(code, beside[::-1])
+        *blocks, code = encoder(x)
+        decoder = Decoder(
+            self.width,
+            self.features,
+            self.stages,
+            self.conv,
+            self.dtype,
+            name=f"decoder{self.suffix}",
+        )
+        return decoder(code, blocks[::-1] if self.passes_blocks else ())
 
 
 _plain_conv = functools.partial(

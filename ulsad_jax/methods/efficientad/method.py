@@ -31,8 +31,8 @@ HARD_QUANTILE = 0.999  # of an image's squared differences; the others teach not
 STRENGTH = 0.2  # largest relative change of brightness, contrast or saturation
 GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue
 LATE, SLOWER = 0.95, 0.1  # from this share of the updates on, the rate is multiplied
-# A teacher's channel with a smaller deviation has learned nothing: those of the
-# features are 1.
+# A teacher's channel with a smaller deviation has learned nothing: its targets, the
+# standardised features, have a deviation of 1.
 LEAST_STD = 0.01
 
 
@@ -42,7 +42,7 @@ class EfficientAd(Method):
 
     Attributes:
         size: size of teacher and student, "small" or "medium".
-        distill_share: share of the updates that train the teacher.
+        distill_share: share of the updates that train the teacher, one at least.
         learning_rate: Adam's.
         weight_decay: factor of the L2 decay that is added to the gradient.
     """
@@ -69,13 +69,11 @@ class EfficientAd(Method):
         channels, image = spec.batch.features.shape[-1], spec.batch.image
         optimizer = self._make_optimizer(self.learning_rate)
         keys = jax.random.split(key)
-        teacher = descent.init(
-            self._make_teacher(channels), optimizer, keys[0], image, train=True
-        )
+        teacher = descent.init(self._make_teacher(channels), optimizer, keys[0], image)
         learners = descent.init(
             self._make_learners(channels), optimizer, keys[1], image, image, train=True
         )
-        distilling = int(self.distill_share * spec.num_updates)
+        distilling = max(1, int(self.distill_share * spec.num_updates))
         moments = {"mean": jnp.zeros(channels), "square": jnp.ones(channels)}
         model = {"teacher": teacher.model, "learners": learners.model, **moments}
         training = {
@@ -132,7 +130,7 @@ class EfficientAd(Method):
         """Returns the teacher's description and `Learners`' outputs, for inference."""
         channels = model["mean"].size
         teacher = self._make_teacher(channels)
-        raw = teacher.apply(model["teacher"], batch.image, train=False)
+        raw = teacher.apply(model["teacher"], batch.image)
         learners = self._make_learners(channels)
         return raw, *learners.apply(model["learners"], batch.image, train=False)
 
@@ -141,7 +139,7 @@ class EfficientAd(Method):
         channels, image = spec.batch.features.shape[-1], spec.batch.image
         teacher, learners = self._make_teacher(channels), self._make_learners(channels)
         return (
-            descent.estimate_bytes(teacher, image, train=True)
+            descent.estimate_bytes(teacher, image)
             + descent.estimate_bytes(learners, image, image, train=True)
             + 2 * count_bytes(spec.batch.features)
         )
@@ -164,7 +162,6 @@ class EfficientAd(Method):
             State(state.step, state.model["teacher"], state.training["teacher"]),
             self.axis_name,
             batch.image,
-            train=True,
         )
         moments = {name: losses.pop(name) for name in ("mean", "square")}
         model = state.model | {"teacher": new.model} | moments
@@ -181,9 +178,7 @@ class EfficientAd(Method):
         image = batch.image / jnp.float32(255)
         changed = change_colours(image, change_key)
         teacher = self._make_teacher(model["mean"].size)
-        raw, other = (
-            teacher.apply(model["teacher"], x, train=False) for x in (image, changed)
-        )
+        raw, other = (teacher.apply(model["teacher"], x) for x in (image, changed))
         moments = measure_moments(raw)
         if self.axis_name is not None:
             moments = jax.lax.pmean(moments, self.axis_name)

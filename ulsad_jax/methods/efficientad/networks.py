@@ -61,9 +61,8 @@ class Pdn(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Image, *, train: bool) -> Description:
+    def __call__(self, image: Image) -> Description:
         """Describes the patches that lie within an image."""
-        del train
         x = normalize_image(image)
         layers = SIZES[self.size]
         for i, (width, kernel, pooled) in enumerate(layers, start=1):
@@ -168,16 +167,17 @@ class Learners(nn.Module):
 
         Returns:
             What the student takes for the teacher's description of `image`, what it
-            takes for the autoencoder's of `changed`, and the autoencoder's of that.
+            takes for the autoencoder's of `changed`, and the autoencoder's description
+            of `changed`.
         """
         c = self.features
         student = Pdn(2 * c, self.size, self.dtype, name="student")
         autoencoder = Autoencoder(c, self.dtype, name="ae")
-        both = other = student(image, train=train)
+        both = other = student(image)
         if changed is None:
             changed = image
         else:
-            other = student(changed, train=train)
+            other = student(changed)
         return both[..., :c], other[..., c:], autoencoder(changed, train=train)
 
 

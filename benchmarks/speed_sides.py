@@ -14,7 +14,6 @@ import numpy as np
 from benchmarks.turns import clock
 from ulsad_jax.runtime import host_memory
 
-ARCHITECTURE = "wide_resnet50_2"
 TERMS = ("local", "attention", "consistency")
 # Calibration of local and global maps: any but none.
 OFFSETS, SCALES = (0.5, 1.0), (0.25, 0.125)
@@ -38,18 +37,29 @@ def make_images(count: int, size: int) -> np.ndarray:
 class JaxSide:
     """This package, through the functions that training and evaluation use."""
 
-    def __init__(self, *, size: int, batch: int, dtype: str, weights: str, **_: Any):
+    def __init__(
+        self,
+        *,
+        size: int,
+        batch: int,
+        dtype: str,
+        weights: str = "",
+        system: str = "default",
+        **_: Any,
+    ):
         """Draws weights and saves them for the other side.
 
         Args:
             size: of the square images.
             batch: of a training step.
             dtype: computation type.
-            weights: the .npz file to write.
+            weights: the .npz file to write, or nothing.
+            system: module of `configs`; PyTorch has the default alone.
         """
+        import importlib
+
         import jax
 
-        from configs import default
         from ulsad_jax.runs import config as config_lib
         from ulsad_jax.runs import setup, steps
         from ulsad_jax.runtime import devices as devices_lib
@@ -59,15 +69,18 @@ class JaxSide:
 
         self.jax = jax
         self.versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-        config = config_lib.resolve(default.get_config())
+        config = importlib.import_module(f"configs.{system}").get_config()
+        config.method, config.trunk.source = "ulsad", "random"
+        config = config_lib.resolve(config)
         if dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         elif dtype != "tfloat32":  # which is JAX's default on a GPU
             config.train.dtype = dtype
         config.image_size = (size, size)
         made = setup.make(config)
-        trunk = draw_trunk()
-        variables = jax.device_put(pyramid_variables(ARCHITECTURE, trunk))
+        trunk = draw_trunk(config.trunk.architecture)
+        variables = pyramid_variables(config.trunk.architecture, trunk)
+        variables = jax.device_put(variables)
         self.images = images = make_images(batch, size)
         self.devices = devices_lib.find_devices(1)
         self.extractor = features.make_extractor(made.pyramid, variables)
@@ -90,7 +103,8 @@ class JaxSide:
         # A copy, because training gives its state away.
         networks = jax.tree.map(np.array, self.state.model)
         self.weights = make_weights(variables, self.statistics, networks)
-        save_weights(weights, trunk, self.statistics, networks)
+        if weights:
+            save_weights(weights, trunk, self.statistics, networks)
 
     def read_versions(self) -> dict[str, str]:
         """Versions of the libraries."""
@@ -109,6 +123,30 @@ class JaxSide:
     def step(self) -> float:
         """A training step from kept features, with the gathering of the batch."""
         return clock(self._step)[0]
+
+    def steps(self, count: int) -> float:
+        """So many training steps in a row; the host waits for the last one."""
+
+        def run():
+            for _ in range(count):
+                self._update()
+            self._wait()
+
+        return clock(run)[0]
+
+    def stream(self, batch: int, count: int) -> float:
+        """So many batches to maps; a result is fetched while the next is computed."""
+        images = make_images(batch, self.images.shape[1])
+
+        def run():
+            late = None
+            for _ in range(count):
+                before, late = late, self.predict_step(self.weights, images)
+                if before is not None:
+                    np.asarray(before.anomaly_map)
+            return np.asarray(late.anomaly_map)
+
+        return clock(run)[0]
 
     def predict(self, batch: int) -> float:
         """From uint8 images in host memory to fused maps there."""
@@ -131,17 +169,24 @@ class JaxSide:
         return np.asarray(self.extractor(self.images)[1])
 
     def _step(self) -> np.ndarray:
+        losses = self._update()
+        self._wait()
+        return np.array([losses[name] for name in TERMS])
+
+    def _update(self) -> dict[str, Any]:
         count = len(self.kept)
         batch = self.load(self.kept, np.arange(count), count, self.devices)
         self.state, losses = self.train_step(self.state, batch, self.key)
+        return losses
+
+    def _wait(self) -> None:
         self.jax.block_until_ready(self.state)
-        return np.array([losses[name] for name in TERMS])
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
         return np.asarray(self.predict_step(self.weights, images).anomaly_map)
 
 
-def draw_trunk() -> dict[str, Any]:
+def draw_trunk(architecture: str) -> dict[str, Any]:
     """A random trunk whose running statistics are not those of a new one."""
     import jax
 
@@ -149,9 +194,9 @@ def draw_trunk() -> dict[str, Any]:
     from ulsad_jax.trunks import weights as pretrained
 
     arrays = pretrained.load_trunk(
-        architecture=ARCHITECTURE, source="random", repository="", path="", seed=0
+        architecture=architecture, source="random", repository="", path="", seed=0
     ).arrays
-    trunk = torch_import.import_trunk(arrays, ARCHITECTURE)
+    trunk = torch_import.import_trunk(arrays, architecture)
     rng = np.random.default_rng(0)
     low = {"mean": -0.5, "var": 0.5}
     trunk["batch_stats"] = jax.tree_util.tree_map_with_path(
@@ -212,9 +257,10 @@ class TorchSide:
         size: int,
         batch: int,
         dtype: str,
-        weights: str,
         training_layout: str,
         compiled: bool,
+        weights: str = "",
+        **_: Any,
     ):
         """Reads the weights of the other side.
 
@@ -222,9 +268,9 @@ class TorchSide:
             size: of the square images.
             batch: of a training step.
             dtype: computation type; bfloat16 through autocast.
-            weights: the .npz file to read.
             training_layout: of the trained networks; everything else is channels_last.
             compiled: whether to `torch.compile`.
+            weights: the .npz file to read; without one PyTorch's own initial weights.
         """
         import torch
 
@@ -239,10 +285,11 @@ class TorchSide:
         torch.backends.cudnn.benchmark = True
         self.layout = getattr(torch, training_layout)
         self.trained, self.fixed = (torch_ulsad.Ulsad(size) for _ in range(2))
-        with np.load(weights) as arrays:
-            for model in (self.trained, self.fixed):
-                model.load(dict(arrays))
-                model.to(self.device, memory_format=torch.channels_last)
+        arrays = dict(np.load(weights)) if weights else {}
+        for model in (self.trained, self.fixed):
+            if arrays:
+                model.load(arrays)
+            model.to(self.device, memory_format=torch.channels_last)
         self.trained.local.to(memory_format=self.layout)
         self.trained.global_.to(memory_format=self.layout)
         self.fixed.eval()
@@ -261,6 +308,7 @@ class TorchSide:
         )
         self.images = make_images(batch, size)
         self.features = self._features(self.images)
+        self.kept = self._put(self.images)
 
     def read_versions(self) -> dict[str, str]:
         """Versions of the libraries."""
@@ -277,8 +325,32 @@ class TorchSide:
         return found
 
     def step(self) -> float:
-        """A training step from kept features."""
+        """A training step from kept features and images."""
         return clock(lambda: self._step(self.features))[0]
+
+    def steps(self, count: int) -> float:
+        """So many training steps in a row; the host waits for the last one."""
+
+        def run():
+            for _ in range(count):
+                self._update(self.features, self.kept)
+            self._wait()
+
+        return clock(run)[0]
+
+    def stream(self, batch: int, count: int) -> float:
+        """So many batches to maps; a result is fetched while the next is computed."""
+        images = make_images(batch, self.images.shape[1])
+
+        def run():
+            late = None
+            for _ in range(count):
+                before, late = late, self._maps(images)
+                if before is not None:
+                    before.cpu()
+            return late.cpu()
+
+        return clock(run)[0]
 
     def step_with_trunk(self) -> float:
         """A training step that runs the trunk, as the reference's do."""
@@ -307,18 +379,28 @@ class TorchSide:
             return self.extract_fn(self.trained.normalize(self._put(images)))
 
     def _step(self, features) -> np.ndarray:
+        losses = self._update(features, self.kept)
+        self._wait()
+        return losses.detach().cpu().numpy()
+
+    def _update(self, features, images):
         x = features.contiguous(memory_format=self.layout)
-        normalized = self.trained.normalize(self._put(self.images))
+        normalized = self.trained.normalize(images)
         normalized = normalized.contiguous(memory_format=self.layout)
         with self.autocast():
             losses = self.losses_fn(x, normalized)
         self.optimizer.zero_grad()
         losses.sum().backward()
         self.optimizer.step()
+        return losses
+
+    def _wait(self) -> None:
         if self.device == "cuda":
             self.torch.cuda.synchronize()
-        return losses.detach().cpu().numpy()
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
+        return self._maps(images).cpu().numpy()
+
+    def _maps(self, images: np.ndarray):
         with self.torch.inference_mode(), self.autocast():
-            return self.predict_fn(self._put(images)).float().cpu().numpy()
+            return self.predict_fn(self._put(images)).float()

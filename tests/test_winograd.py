@@ -10,7 +10,8 @@ import pytest
 
 from ulsad_jax.nn import convolution, winograd
 
-TILES = [(2, 2), (2, 3), (4, 3), (2, 5), (4, 5)]  # of m outputs, kernels of size k
+# Of m outputs, for kernels of size k.
+TILES = [(2, 2), (2, 3), (4, 3), (4, 4), (2, 5), (4, 5)]
 
 
 @pytest.mark.parametrize(("m", "k"), TILES)
@@ -72,6 +73,8 @@ def test_members_of_a_sweep_have_kernels_of_their_own():
     [
         # Its kernel and its outputs are transformed by one product each.
         ((8, 32, 32, 384), (5, 5, 384, 768), 1, 64 + 2),
+        ((8, 63, 63, 64), (4, 4, 64, 64), 1, 49 + 2),
+        ((8, 15, 15, 64), (4, 4, 64, 64), 1, 0),
         ((8, 16, 16, 512), (3, 3, 512, 512), 1, 16),
         ((1, 16, 16, 512), (3, 3, 512, 512), 1, 16),
         ((1, 8, 8, 1536), (3, 3, 1536, 1536), 1, 0),  # the kernel is most of it

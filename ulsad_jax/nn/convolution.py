@@ -36,9 +36,9 @@ MANY_MULTIPLICATIONS = 2**24
 MANY_OUTPUTS = 768
 # By kernel size, number of output positions from which tiles are worth transforming the
 # kernel; and number of multiplications from which they are worth compiling.
-TILED_POSITIONS = {2: 1024, 3: 256, 5: 256}
-TILED_MULTIPLICATIONS = 2**29
-LARGE_TILE_POSITIONS = 1024  # for 5 x 5: from here on, 4 x 4 tiles beat 2 x 2 ones
+TILED_POSITIONS = {2: 1024, 3: 256, 4: 1024, 5: 256}
+TILED_MULTIPLICATIONS = 2**28
+LARGE_TILE_POSITIONS = 1024  # for 4 x 4 and 5 x 5: from here on, 4 x 4 tiles pay
 MANY_IMAGES = 32  # from here on, batches are split for the kernel's gradient
 CHUNK_ELEMENTS = 2**20  # number of tap elements held at once
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -168,7 +168,7 @@ def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> int 
         return None
     if _multiplications(x, kernel) < TILED_MULTIPLICATIONS:
         return None
-    return 4 if size == 5 and positions >= LARGE_TILE_POSITIONS else 2
+    return 4 if size >= 4 and positions >= LARGE_TILE_POSITIONS else 2
 
 
 def _multiplications(

@@ -239,7 +239,6 @@ FIELDS = {
     "method": "efficientad",
     "train.num_epochs": 2,
     "train.checkpoint_every": 1,
-    "train.dtype": "bfloat16",
 }
 
 

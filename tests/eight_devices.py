@@ -15,6 +15,7 @@ import pytest
 from tests import runs
 from tests.conftest import data  # noqa: F401
 from ulsad_jax.methods.base import IMAGES, LEVELS, Method, State
+from ulsad_jax.methods.descent import make_optimizer
 from ulsad_jax.methods.draem.method import Draem
 from ulsad_jax.methods.efficientad.method import EfficientAd
 from ulsad_jax.methods.flows import Cflow, FastFlow
@@ -22,7 +23,6 @@ from ulsad_jax.methods.padim import Padim
 from ulsad_jax.methods.patchcore import Patchcore
 from ulsad_jax.methods.pca import Pca
 from ulsad_jax.methods.ulsad.local import LocalReconstructor
-from ulsad_jax.methods.ulsad.method import make_optimizer
 from ulsad_jax.nn.convolution import MANY_IMAGES, convolve
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runs import steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import signal
 import zipfile
@@ -20,7 +21,7 @@ from tests.test_experiment import interrupt_at, needs_cpu
 from ulsad_jax import export
 from ulsad_jax.methods.base import TOTAL, Batch, State
 from ulsad_jax.methods.flows import Cflow, FastFlow, list_levels
-from ulsad_jax.nn.flow import Flow, encode_positions
+from ulsad_jax.nn.flow import Flow, Step, encode_positions
 from ulsad_jax.nn.layers import Conv, Linear
 from ulsad_jax.runs import steps
 from ulsad_jax.runtime.errors import Interrupted, UserError
@@ -119,7 +120,8 @@ def test_cflow_is_anomalibs(stored, batch):
 
 def make_flow(shape, *, rotate=False, **fields):
     """A small flow, its variables, and its inputs."""
-    flow = Flow((3, 1, 3), 1.5, CLAMP, rotate, **fields)
+    make_step = functools.partial(Step, ratio=1.5, clamp=CLAMP, rotate=rotate, **fields)
+    flow = Flow((3, 1, 3), make_step)
     rng = np.random.default_rng(0)
     inputs = [rng.standard_normal((*shape[:-1], n), np.float32) for n in (shape[-1], 4)]
     inputs = inputs if rotate else inputs[:1]
@@ -142,7 +144,8 @@ def test_log_determinant_is_that_of_the_jacobian(channels, rotate):
 
 
 def test_rotations_are_drawn_once_and_keep_lengths():
-    flow = Flow((1, 1), 2.0, CLAMP, True)
+    make_step = functools.partial(Step, ratio=2.0, clamp=CLAMP, rotate=True)
+    flow = Flow((1, 1), make_step)
     x = np.ones((1, 6), np.float32)
     fixed = flow.init(jax.random.key(0), x)["fixed"]
     one, other = (fixed[f"steps_{i}"]["rotation"] for i in (0, 1))

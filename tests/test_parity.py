@@ -20,9 +20,9 @@ from configs import default
 from tests.goldens import weights
 from tests.goldens.cut import cut
 from ulsad_jax.methods.base import Batch
+from ulsad_jax.methods.descent import make_optimizer
 from ulsad_jax.methods.ulsad import losses
 from ulsad_jax.methods.ulsad import torch_names as ulsad_names
-from ulsad_jax.methods.ulsad.method import make_optimizer
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import setup
 from ulsad_jax.scoring import calibration as scoring

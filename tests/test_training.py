@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tests import runs
-from ulsad_jax.methods.ulsad.method import make_optimizer
+from ulsad_jax.methods.descent import make_optimizer
 from ulsad_jax.runs import config as config_lib
 from ulsad_jax.runs import setup, steps, validation
 from ulsad_jax.runtime import devices as devices_lib

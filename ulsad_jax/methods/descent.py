@@ -24,6 +24,21 @@ COPIES = 4
 RETURNED = 3
 
 
+def make_optimizer(
+    *, learning_rate: Any, weight_decay: Any, **options: Any
+) -> optax.GradientTransformation:
+    """Makes Adam with L2 decay added to the gradient first, as PyTorch's Adam does.
+
+    Args:
+        learning_rate: number, or a scalar array that may be traced.
+        weight_decay: the same.
+        options: other arguments of `optax.adam`.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.adam(learning_rate, **options)
+    )
+
+
 def init(
     network: nn.Module,
     optimizer: optax.GradientTransformation,

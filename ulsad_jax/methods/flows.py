@@ -32,7 +32,7 @@ from ulsad_jax.methods.base import (
     State,
     count_bytes,
 )
-from ulsad_jax.nn.flow import Flow, encode_positions
+from ulsad_jax.nn.flow import Flow, Step, encode_positions
 from ulsad_jax.nn.layers import resize
 from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.runtime.rules import BOOLEAN, NOT_NEGATIVE, POSITIVE, Rule, at_least
@@ -82,7 +82,29 @@ class FlowOfLevels(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class FastFlow(Method):
+class _FlowMethod(Method):
+    """Base class of both methods."""
+
+    takes: ClassVar[str] = LEVELS
+
+    def check(self, spec: Spec) -> str:
+        """Checks that every level has channels to split in two.
+
+        Raises:
+            UserError: a level has one channel alone.
+        """
+        short = [k for k, x in spec.batch.features.items() if x.shape[-1] < 2]
+        if short:
+            raise UserError(
+                "Expected outputs of the trunk with two channels or more, one half of "
+                "which says how a flow changes the other, found one in "
+                f"{', '.join(short)}. Choose others with --config.trunk.layers=..."
+            )
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class FastFlow(_FlowMethod):
     """FastFlow; the map is the mean over the levels of how unlikely a position is.
 
     Attributes:
@@ -94,7 +116,6 @@ class FastFlow(Method):
         weight_decay: L2 decay, which is added to the gradient.
     """
 
-    takes: ClassVar[str] = LEVELS
     published_epochs: ClassVar[float | None] = 500
     rules: ClassVar[Mapping[str, Rule]] = {
         "methods.fastflow.steps": at_least(1),
@@ -109,11 +130,6 @@ class FastFlow(Method):
     conv3x3_only: bool = False
     learning_rate: float = 1e-3
     weight_decay: float = 1e-5
-
-    def check(self, spec: Spec) -> str:
-        """Checks that every level can be split, see `check_levels`."""
-        check_levels(spec)
-        return ""
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Draws the initial weights and initialises Adam."""
@@ -166,17 +182,23 @@ class FastFlow(Method):
     def _network(self) -> FlowOfLevels:
         small = 3 if self.conv3x3_only else 1
         kernels = tuple(small if i % 2 else 3 for i in range(self.steps))
-        settings = self.ratio, FASTFLOW_CLAMP, False, jnp.dtype(self.dtype)
-        return FlowOfLevels(functools.partial(Flow, kernels, *settings))
+        make_step = functools.partial(
+            Step,
+            ratio=self.ratio,
+            clamp=FASTFLOW_CLAMP,
+            rotate=False,
+            dtype=jnp.dtype(self.dtype),
+        )
+        return FlowOfLevels(functools.partial(Flow, kernels, make_step))
 
     def _make_optimizer(self) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.add_decayed_weights(self.weight_decay), optax.adam(self.learning_rate)
+        return descent.make_optimizer(
+            learning_rate=self.learning_rate, weight_decay=self.weight_decay
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Cflow(Method):
+class Cflow(_FlowMethod):
     """CFLOW; the map is the sum over the levels of how unlikely a position is.
 
     The features of each position are variables by themselves, under the condition of
@@ -191,7 +213,6 @@ class Cflow(Method):
         learning_rate: Adam's.
     """
 
-    takes: ClassVar[str] = LEVELS
     published_epochs: ClassVar[float | None] = 200
     rules: ClassVar[Mapping[str, Rule]] = {
         "methods.cflow.steps": at_least(1),
@@ -206,11 +227,6 @@ class Cflow(Method):
     condition: int = 128
     positions: int = 256
     learning_rate: float = 2e-4
-
-    def check(self, spec: Spec) -> str:
-        """Checks that every level can be split, see `check_levels`."""
-        check_levels(spec)
-        return ""
 
     def init(self, key: jax.Array, spec: Spec) -> State:
         """Draws the initial weights and initialises each level's Adam."""
@@ -326,8 +342,14 @@ class Cflow(Method):
 
     @property
     def _flow(self) -> Flow:
-        dtype = jnp.dtype(self.dtype)
-        return Flow((1,) * self.steps, CFLOW_RATIO, CFLOW_CLAMP, True, dtype)
+        make_step = functools.partial(
+            Step,
+            ratio=CFLOW_RATIO,
+            clamp=CFLOW_CLAMP,
+            rotate=True,
+            dtype=jnp.dtype(self.dtype),
+        )
+        return Flow((1,) * self.steps, make_step)
 
     def _make_optimizer(self) -> optax.GradientTransformation:
         return optax.adam(self.learning_rate)
@@ -339,22 +361,6 @@ METHODS = {"fastflow": FastFlow, "cflow": Cflow}
 def list_levels(batch: Batch) -> Levels:
     """Returns the levels, in the order of their names."""
     return [x for _, x in sorted(batch.features.items())]
-
-
-def check_levels(spec: Spec) -> None:
-    """Checks that every level has channels to split in two.
-
-    Raises:
-        UserError: a level has one channel alone.
-    """
-    short = [k for k, x in spec.batch.features.items() if x.shape[-1] < 2]
-    if short:
-        raise UserError(
-            "Expected outputs of the trunk with two channels or more, one half of "
-            "which says how a flow changes the other, found one in "
-            f"{', '.join(short)}. "
-            "Choose others with --config.trunk.layers=..."
-        )
 
 
 def measure(outputs: list[Output]) -> Float[Array, " b"]:

@@ -6,6 +6,7 @@ A step is that of the library FrEIA (its "all in one" block), in one direction.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
@@ -103,17 +104,11 @@ class Flow(nn.Module):
 
     Attributes:
         kernels: the steps' kernels, see `Step`.
-        ratio: see `Step`.
-        clamp: see `Step`.
-        rotate: see `Step`.
-        dtype: see `Step`.
+        make_step: makes a step, given its kernel and its name.
     """
 
     kernels: tuple[int, ...]
-    ratio: float
-    clamp: float
-    rotate: bool
-    dtype: DTypeLike = jnp.float32
+    make_step: Callable[..., Step]
 
     @nn.compact
     def __call__(
@@ -126,10 +121,9 @@ class Flow(nn.Module):
         The latter is the sum of the positions' parts, which are returned. They are
         float32 for every `dtype`.
         """
-        settings = self.ratio, self.clamp, self.rotate, self.dtype
         total = jnp.zeros(x.shape[:-1])
         for i, kernel in enumerate(self.kernels):
-            step = Step(kernel, *settings, name=f"steps_{i}")
+            step = self.make_step(kernel, name=f"steps_{i}")
             x, log_determinant = step(x, condition)
             total += log_determinant
         return x, total

@@ -211,8 +211,9 @@ class EfficientAd(Method):
         return Learners(channels, self.size, jnp.dtype(self.dtype))
 
     def _make_optimizer(self, rate: Any) -> optax.GradientTransformation:
-        decay = optax.add_decayed_weights(self.weight_decay)
-        return optax.chain(decay, optax.adam(rate))
+        return descent.make_optimizer(
+            learning_rate=rate, weight_decay=self.weight_decay
+        )
 
 
 METHODS = {"efficientad": EfficientAd}

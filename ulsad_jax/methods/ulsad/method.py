@@ -45,7 +45,7 @@ class Ulsad(Method):
     Attributes:
         model: keyword arguments of `networks.Networks`.
         terms: loss terms, see `losses.make_loss_fn`.
-        optimizer: keyword arguments of `make_optimizer`.
+        optimizer: keyword arguments of `descent.make_optimizer`.
         numbers: {"losses": {entry: {name: value}}, "optimizer": {name: value}}, traced
             values that replace those of `terms` and `optimizer`.
     """
@@ -192,20 +192,12 @@ class Ulsad(Method):
         return self.networks.apply(model, batch.features, batch.image, train=False)
 
     def _make_optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(**{**self.optimizer, **self.numbers.get("optimizer", {})})
+        return descent.make_optimizer(
+            **{**self.optimizer, **self.numbers.get("optimizer", {})}
+        )
 
 
 METHODS = {"ulsad": Ulsad}
-
-
-def make_optimizer(
-    *, learning_rate: float, b1: float, b2: float, eps: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """Makes Adam with L2 decay added to the gradient first, as PyTorch's Adam does."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.adam(learning_rate, b1=b1, b2=b2, eps=eps),
-    )
 
 
 def _freeze(fields: Mapping[str, Any]) -> FrozenDict:

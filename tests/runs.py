@@ -138,6 +138,13 @@ def assert_same_losses(found: Path, expected: Path, epochs: int | None = None) -
         assert a == pytest.approx(b, rel=1e-4 if b["step"] <= 3 else 1e-2)
 
 
+def assert_near(found: Any, expected: np.ndarray, bound: float) -> None:
+    """The norm of the difference is within a share of the expected array's."""
+    found = np.asarray(found)
+    assert found.shape == expected.shape
+    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+
+
 def assert_same_arrays(found: Any, expected: Any) -> None:
     """Bit-equal leaves in trees of one structure."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)

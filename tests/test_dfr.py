@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 
@@ -43,10 +44,7 @@ def state():
     return State(drawn.step, model, drawn.training)
 
 
-def assert_near(found, expected, bound=1e-5):
-    found = np.asarray(found)
-    assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+assert_near = functools.partial(runs.assert_near, bound=1e-5)
 
 
 def test_maps_are_pytorchs(stored, batch, state):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,13 @@ import pytest
 import ulsad_jax
 from tests import runs
 from tests.goldens import draem as golden
-from tests.test_experiment import interrupt_at, needs_cpu
+from tests.test_experiment import needs_cpu, stop_training
 from ulsad_jax import export
 from ulsad_jax.methods.base import TOTAL, Batch, State
 from ulsad_jax.methods.draem import defects
 from ulsad_jax.methods.draem.method import Draem, measure
 from ulsad_jax.runs import steps
 from ulsad_jax.runtime.devices import find_devices
-from ulsad_jax.runtime.errors import Interrupted
 from ulsad_jax.trunks import torch_names
 
 METHOD = Draem(repair_width=golden.WIDTHS[0], segment_width=golden.WIDTHS[1])
@@ -50,10 +49,7 @@ def learn():
     return jax.jit(METHOD.learn)
 
 
-def assert_near(found, expected, bound=1e-4):
-    found = np.asarray(found)
-    assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+assert_near = functools.partial(runs.assert_near, bound=1e-4)
 
 
 def make_batch(image):
@@ -94,7 +90,7 @@ def test_losses_are_the_authors(stored, state, learn):
     n = golden.STRIDE
     for name, x in zip(("repaired", "logits"), differentiate(state.model), strict=True):
         # The logits in training are rounded by as much, through eleven batch norms.
-        assert_near(x[:, ::n, ::n], stored[f"{name}_gradient"], 1e-3)
+        assert_near(x[:, ::n, ::n], stored[f"{name}_gradient"], bound=1e-3)
 
 
 def test_noise_is_anomalibs(stored):
@@ -205,9 +201,6 @@ def test_what_a_run_leaves(run):
 
 @needs_cpu
 def test_stopped_and_resumed(run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, signal.SIGTERM, 1, 1)
-        with pytest.raises(Interrupted, match="after step 5"):
-            runs.train(run.config, tmp_path / "again")
+    stop_training(monkeypatch, run.config, tmp_path / "again", 1, 1, "after step 5")
     runs.train(run.config, tmp_path / "again")
     runs.assert_same_category(tmp_path / "again", run.workdir)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,13 @@ import pytest
 import ulsad_jax
 from tests import runs
 from tests.goldens import efficientad as golden
-from tests.test_experiment import interrupt_at, needs_cpu
+from tests.test_experiment import needs_cpu, stop_training
 from ulsad_jax import export
 from ulsad_jax.methods.base import TOTAL, Batch
 from ulsad_jax.methods.efficientad import method as lib
 from ulsad_jax.methods.efficientad.method import EfficientAd
 from ulsad_jax.runs import steps
 from ulsad_jax.runtime.devices import find_devices
-from ulsad_jax.runtime.errors import Interrupted
 from ulsad_jax.trunks import torch_names
 
 LEARNING = ("student", "autoencoder", "student_autoencoder")
@@ -63,10 +62,7 @@ def make_batch(image, features=None):
     return Batch(image, features, np.ones(len(image), bool))
 
 
-def assert_near(found, expected, bound=1e-4):
-    found = np.asarray(found)
-    assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+assert_near = functools.partial(runs.assert_near, bound=1e-4)
 
 
 def test_maps_are_anomalibs(case):
@@ -89,7 +85,7 @@ def test_colours_are_torchvisions(stored):
     kinds, factors = jnp.array(golden.KINDS), jnp.array(golden.FACTORS)
     changed = lib.adjust(golden.images() / np.float32(255), kinds, factors)
     n = 5 * golden.STRIDE
-    assert_near(changed[:, ::n, ::n], stored["colours"], 1e-5)
+    assert_near(changed[:, ::n, ::n], stored["colours"], bound=1e-5)
 
 
 @pytest.mark.parametrize("case", ["small"], indirect=True)
@@ -270,9 +266,6 @@ def test_what_a_run_leaves(run):
 
 @needs_cpu
 def test_stopped_in_the_second_part_and_resumed(run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, signal.SIGTERM, 1, 1)
-        with pytest.raises(Interrupted, match="after step 5"):
-            runs.train(run.config, tmp_path / "again")
+    stop_training(monkeypatch, run.config, tmp_path / "again", 1, 1, "after step 5")
     runs.train(run.config, tmp_path / "again")
     runs.assert_same_category(tmp_path / "again", run.workdir)

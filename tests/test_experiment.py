@@ -89,6 +89,14 @@ def interrupt_at(monkeypatch, signum: int, epoch: int, step: int) -> None:
     monkeypatch.setattr(trainer, "progress", progress)
 
 
+def stop_training(monkeypatch, config, workdir, epoch, step, told=None) -> None:
+    """Trains until a signal before a step of an epoch, both from 0."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, signal.SIGTERM, epoch, step)
+        with pytest.raises(Interrupted, match=told):
+            runs.train(config, workdir)
+
+
 @needs_cpu
 @pytest.mark.parametrize(
     ("signum", "epoch", "step", "steps"),
@@ -133,10 +141,7 @@ def test_fewer_epochs_later_are_refused(
         workdir = runs.copy(finished, tmp_path).workdir
     else:
         workdir = tmp_path / "run"
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, signal.SIGTERM, epoch, step)
-            with pytest.raises(Interrupted):
-                runs.train(finished.config, workdir)
+        stop_training(monkeypatch, finished.config, workdir, epoch, step)
     config = finished.config.copy_and_resolve_references()
     config.train.num_epochs = fewer
     with pytest.raises(UserError, match=rf"num_epochs.*found {fewer},.*Raise it"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import signal
 import zipfile
 
 import jax
@@ -17,14 +16,14 @@ from jax import export as jax_export
 import ulsad_jax
 from tests import runs
 from tests.goldens import flows as golden
-from tests.test_experiment import interrupt_at, needs_cpu
+from tests.test_experiment import needs_cpu, stop_training
 from ulsad_jax import export
 from ulsad_jax.methods.base import TOTAL, Batch, State
 from ulsad_jax.methods.flows import Cflow, FastFlow, list_levels
 from ulsad_jax.nn.flow import Flow, Step, encode_positions
 from ulsad_jax.nn.layers import Conv, Linear
 from ulsad_jax.runs import steps
-from ulsad_jax.runtime.errors import Interrupted, UserError
+from ulsad_jax.runtime.errors import UserError
 
 CLAMP = 2.0
 PARTS = ("likelihoods", "losses", "highest")
@@ -55,10 +54,7 @@ def fill(variables, prefix=""):
     return traverse_util.unflatten_dict(filled, sep="/")
 
 
-def assert_near(found, expected, bound=1e-5):
-    found = np.asarray(found)
-    assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+assert_near = functools.partial(runs.assert_near, bound=1e-5)
 
 
 def test_fastflow_is_anomalibs(stored, batch):
@@ -240,10 +236,7 @@ def test_flows_are_resumed_and_exported(data, tmp_path, monkeypatch):
     """With what is drawn once and not trained."""
     config = runs.make_config(data, SMALL)
     runs.train(config, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, signal.SIGTERM, 1, 1)
-        with pytest.raises(Interrupted, match="after step 5"):
-            runs.train(config, tmp_path / "again")
+    stop_training(monkeypatch, config, tmp_path / "again", 1, 1, "after step 5")
     runs.train(config, tmp_path / "again")
     for read in (runs.read_metrics, runs.read_scores):
         assert read(tmp_path / "again") == read(tmp_path / "run")

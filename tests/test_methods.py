@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import re
-import signal
 import zipfile
 from operator import getitem
 
@@ -21,7 +20,7 @@ from PIL import Image
 import ulsad_jax
 from configs import sweep as sweep_config
 from tests import runs
-from tests.test_experiment import interrupt_at, needs_cpu
+from tests.test_experiment import needs_cpu, stop_training
 from ulsad_jax import export, predict
 from ulsad_jax.data.resize import resize_bilinear
 from ulsad_jax.methods import base
@@ -30,7 +29,7 @@ from ulsad_jax.methods.padim import Padim
 from ulsad_jax.runs import run as experiment
 from ulsad_jax.runs import saved, steps
 from ulsad_jax.runtime.devices import find_devices
-from ulsad_jax.runtime.errors import Interrupted, UserError
+from ulsad_jax.runtime.errors import UserError
 from ulsad_jax.sweep import run as sweep
 from ulsad_jax.trunks import weights as trunk_weights
 
@@ -229,10 +228,7 @@ def test_no_trunk_is_loaded_for_images_alone(data, tmp_path, monkeypatch):
 
 @needs_cpu
 def test_stopped_within_the_pass_and_resumed(run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, signal.SIGTERM, 0, 1)
-        with pytest.raises(Interrupted, match="after step 2"):
-            runs.train(run.config, tmp_path / "again")
+    stop_training(monkeypatch, run.config, tmp_path / "again", 0, 1, "after step 2")
     assert runs.read_steps(tmp_path / "again") == [2]
     runs.train(run.config, tmp_path / "again")
     runs.assert_same_category(tmp_path / "again", run.workdir)
@@ -271,10 +267,7 @@ def test_branches_on_levels(leveled):
 @needs_cpu
 def test_branches_resumed(leveled, tmp_path, monkeypatch):
     """From a checkpoint, which holds what is finished, after the end of a branch."""
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, signal.SIGTERM, 1, 1)
-        with pytest.raises(Interrupted, match="after step 5"):
-            runs.train(leveled.config, tmp_path / "again")
+    stop_training(monkeypatch, leveled.config, tmp_path / "again", 1, 1, "after step 5")
     (tmp_path / "again/bottle/checkpoints/5").rename(tmp_path / "5")
     runs.train(leveled.config, tmp_path / "again")
     runs.assert_same_category(tmp_path / "again", leveled.workdir)

@@ -45,10 +45,7 @@ def case(request):
     return method, state.replace(model=model), batch, stored
 
 
-def assert_near(found, expected, bound=1e-4):
-    found = np.asarray(found)
-    assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+assert_near = functools.partial(runs.assert_near, bound=1e-4)
 
 
 def test_maps_are_anomalibs(case):

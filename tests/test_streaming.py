@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 
 import jax
 import numpy as np
 import pytest
 
 from tests import runs
-from tests.test_experiment import interrupt_at, needs_cpu
+from tests.test_experiment import needs_cpu, stop_training
 from tests.test_features import make_batches
 from ulsad_jax.runtime import devices as parallel
-from ulsad_jax.runtime.errors import Interrupted
 from ulsad_jax.trunks import sources
 from ulsad_jax.trunks import weights as pretrained
 from ulsad_jax.trunks.pyramid import FeaturePyramid, feature_shapes
@@ -113,10 +111,7 @@ def test_streamed_training_is_that_of_kept_features(finished, streamed):
 
 @needs_cpu
 def test_streamed_training_resumes(streamed, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, signal.SIGTERM, 2, 1)
-        with pytest.raises(Interrupted):
-            runs.train(streamed.config, tmp_path / "run")
+    stop_training(monkeypatch, streamed.config, tmp_path / "run", 2, 1)
     runs.train(streamed.config, tmp_path / "run")
     runs.assert_same_category(tmp_path / "run", streamed.workdir)
 

@@ -328,8 +328,7 @@ class Cflow(_FlowMethod):
         found = {}
         for name, x in sorted(batch.features.items()):
             shape = *x.shape[:3], self.condition
-            codes = encode_positions(*x.shape[1:3], self.condition)
-            codes = jnp.broadcast_to(codes, shape)
+            codes = jnp.broadcast_to(encode_positions(*shape[1:]), shape)
             output = self._flow.apply(model["flows"][name], x, codes)
             found[name] = find_log_likelihoods(output)
         return found

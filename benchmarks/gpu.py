@@ -16,7 +16,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from typing import Any
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import cells
 
 _OUTPUT = flags.DEFINE_string("output", "gpu.json", "The JSON file of all cells.")
 _ONLY = flags.DEFINE_string("only", "", "Only cells whose name contains this.")
@@ -90,14 +91,14 @@ def list_cells() -> list[Cell]:
 def main(argv: list[str]) -> None:
     """Measures one cell here, or all that are missing, each in its own process."""
     del argv
-    cells = {cell.name: cell for cell in list_cells()}
+    known = {cell.name: cell for cell in list_cells()}
     if _CELL.value:
-        cell = cells[_CELL.value]
+        cell = known[_CELL.value]
         print(json.dumps(fit(cell) if cell.side == TRAIN else measure(cell)))
         return
     output = Path(_OUTPUT.value)
     found = json.loads(output.read_text()) if output.exists() else {}
-    for name in cells:
+    for name in known:
         if _ONLY.value in name and name not in found:
             found[name] = run_cell(name)
             output.write_text(json.dumps(found, indent=1) + "\n")
@@ -113,20 +114,10 @@ def run_cell(name: str) -> dict[str, Any]:
     if _TINY.value:  # quick to compile
         alone["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
     started = time.perf_counter()
-    try:
-        ran = subprocess.run(
-            command,
-            env=os.environ | alone,
-            capture_output=True,
-            text=True,
-            timeout=_LIMIT.value,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"more than {_LIMIT.value} s"}
-    if ran.returncode:
-        return {"error": (ran.stderr.strip().splitlines() or ["killed"])[-1][:300]}
-    seconds = round(time.perf_counter() - started, 1)
-    return json.loads(ran.stdout.splitlines()[-1]) | {"process_seconds": seconds}
+    found = cells.run_cell(command, alone, _LIMIT.value)
+    if "error" in found:
+        return found
+    return found | {"process_seconds": round(time.perf_counter() - started, 1)}
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -295,8 +286,8 @@ def make_table(found: dict[str, Any]) -> list[str]:
 def make_row(found: dict[str, Any], dtype: str, batch: int, job: str) -> str:
     """Returns a row of the table for a job of three sides, or of Lite0's."""
     system = "default" if batch else LITE
-    cells = [Cell(s, dtype, batch, system).name for s in (OURS, EAGER, COMPILED)]
-    got = [found.get(name, {}) for name in cells]
+    names = [Cell(s, dtype, batch, system).name for s in (OURS, EAGER, COMPILED)]
+    got = [found.get(name, {}) for name in names]
     times = [cell.get(job) for cell in got]
     peaks = [cell.get(f"{job.replace('stream', 'predict')} peak bytes") for cell in got]
     told = [

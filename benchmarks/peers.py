@@ -56,9 +56,8 @@ def measure(method: str, path: str) -> list[str]:
         "batch": 1 if method == "efficientad" else _BATCH.value,
         "path": path,
     }
-    sides = [Side(peers_sides.Ours, **options)]
-    sides[0].ask("read_peak")  # returns when the trunk's weights are written
-    sides.append(Side(peers_sides.Theirs, **options))
+    # Ours first: it writes the weights that anomalib's reads.
+    sides = [Side(side, **options) for side in (peers_sides.Ours, peers_sides.Theirs)]
     rows = [compare(f"{method}, first fit", *take_turns(sides, 1, "fit"))]
     peaks = [[side.ask("read_peak") / GIB] for side in sides]
     if _ROUNDS.value > 1:

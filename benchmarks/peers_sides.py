@@ -43,25 +43,34 @@ patchcore, padim = (
 efficientad = trunks.find(ARCHITECTURE)  # pooled to as many channels as the teacher has
 
 
-def read_peak() -> int:
-    """Returns the most memory that this process has had, in bytes (Linux)."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", text)[1])
-
-
-class Ours:
-    """This package, through the functions that training and prediction use."""
+class _Side:
+    """What both sides do alike."""
 
     def __init__(self, *, method: str, images: int, size: int, batch: int, path: str):
-        """Draws the trunk's weights and writes them for the other side.
+        """Draws the images.
 
         Args:
             method: name of the method.
             images: number of training images.
             size: height and width of the images.
             batch: images in a batch.
-            path: the .npz file to write the trunk's weights to.
+            path: the .npz file of the trunk's weights, which our side writes.
         """
+        self.method, self.batch, self.path = method, batch, path
+        self.images = make_images(images, size)
+
+    def read_peak(self) -> int:
+        """Returns the most memory that this process has had, in bytes (Linux)."""
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", text)[1])
+
+
+class Ours(_Side):
+    """This package, through the functions that training and prediction use."""
+
+    def __init__(self, **options: Any):
+        """Draws the trunk's weights and writes them for the other side."""
+        super().__init__(**options)
         from ulsad_jax.runtime import host_memory
 
         host_memory.keep_freed()  # as train.py does
@@ -75,19 +84,17 @@ class Ours:
         from ulsad_jax.trunks.pyramid import pyramid_variables
 
         config = default.get_config()
-        config.method, config.image_size = method, (size, size)
-        config.trunk.architecture = f"{__name__}:{method}"
-        config.train.batch_size = batch
+        config.method, config.image_size = self.method, self.images.shape[1:3]
+        config.trunk.architecture = f"{__name__}:{self.method}"
+        config.train.batch_size = self.batch
         config.methods.padim.channels = CHANNELS
         config.methods.patchcore.share = SHARE
         config.dataset.name, config.dataset.root = "folder", "."
         self.made = setup.make(config_lib.resolve(config))
         trunk = draw_trunk(ARCHITECTURE)
-        np.savez(path, **torch_names.export(trunk))
+        np.savez(self.path, **torch_names.export(trunk))
         self.trunk = jax.device_put(pyramid_variables(config.trunk.architecture, trunk))
         self.devices = devices.find_devices(1)
-        self.images, self.batch = make_images(images, size), batch
-        self.method = method
 
     def fit(self) -> float:
         """Fits to the images; returns the seconds."""
@@ -103,10 +110,6 @@ class Ours:
         step = make_predict_step(self.made.pyramid, self.made.method)
         images = self.images[:count]
         return clock(lambda: jax.device_get(step(self.weights, images)))[0]
-
-    def read_peak(self) -> int:
-        """Returns the most memory so far, in bytes."""
-        return read_peak()
 
     def _fit(self) -> Any:
         import jax
@@ -169,19 +172,12 @@ class Ours:
         return [(rows, np.arange(size) < count) for rows, count in filled]
 
 
-class Theirs:
+class Theirs(_Side):
     """anomalib's models."""
 
-    def __init__(self, *, method: str, images: int, size: int, batch: int, path: str):
-        """Reads the trunk's weights of the other side.
-
-        Args:
-            method: name of the method.
-            images: number of training images.
-            size: height and width of the images.
-            batch: images in a batch.
-            path: the .npz file to read.
-        """
+    def __init__(self, **options: Any):
+        """Sets up PyTorch."""
+        super().__init__(**options)
         import torch
 
         # By itself glibc raises it, and anomalib's coreset then lost 24 MB at a choice.
@@ -189,8 +185,6 @@ class Theirs:
         self.torch = torch
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.manual_seed(0)
-        self.images, self.batch = make_images(images, size), batch
-        self.method, self.path = method, path
 
     def fit(self) -> float:
         """Fits to the images; returns the seconds, without those to make the model."""
@@ -207,10 +201,6 @@ class Theirs:
             return found.anomaly_map.numpy(), found.pred_score.numpy()
 
         return clock(run)[0]
-
-    def read_peak(self) -> int:
-        """Returns the most memory so far, in bytes."""
-        return read_peak()
 
     def _make(self):
         from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel

@@ -117,7 +117,6 @@ def start_sides(weights: str) -> tuple[Side, Side]:
     }
     # Ours keeps freed memory, as train.py does.
     ours = Side(speed_sides.make, side="jax", memory_kept=True, **options)
-    ours.ask("read_versions")  # returns when the weights are written
     theirs = Side(
         speed_sides.make, side="torch", memory_kept=_MEMORY_KEPT.value, **options
     )

@@ -34,7 +34,55 @@ def make_images(count: int, size: int) -> np.ndarray:
     return patches + rng.integers(0, 32, patches.shape, np.uint8)
 
 
-class JaxSide:
+class _Side:
+    """What both sides do alike.
+
+    A side has `versions`, the `images` of a training step, and `_step`, `_update`,
+    `_wait`, `_maps` and `_fetch`.
+    """
+
+    def read_versions(self) -> dict[str, str]:
+        """Versions of the libraries."""
+        return self.versions
+
+    def step(self) -> float:
+        """A training step from kept features and images."""
+        return clock(self._step)[0]
+
+    def steps(self, count: int) -> float:
+        """So many training steps in a row; the host waits for the last one."""
+
+        def run():
+            for _ in range(count):
+                self._update()
+            self._wait()
+
+        return clock(run)[0]
+
+    def predict(self, batch: int) -> float:
+        """From uint8 images in host memory to fused maps there."""
+        images = make_images(batch, self.images.shape[1])
+        return clock(lambda: self._predict(images))[0]
+
+    def stream(self, batch: int, count: int) -> float:
+        """So many batches to maps; a result is fetched while the next is computed."""
+        images = make_images(batch, self.images.shape[1])
+
+        def run():
+            late = None
+            for _ in range(count):
+                before, late = late, self._maps(images)
+                if before is not None:
+                    self._fetch(before)
+            return self._fetch(late)
+
+        return clock(run)[0]
+
+    def _predict(self, images: np.ndarray) -> np.ndarray:
+        return self._fetch(self._maps(images))
+
+
+class JaxSide(_Side):
     """This package, through the functions that training and evaluation use."""
 
     def __init__(
@@ -106,10 +154,6 @@ class JaxSide:
         if weights:
             save_weights(weights, trunk, self.statistics, networks)
 
-    def read_versions(self) -> dict[str, str]:
-        """Versions of the libraries."""
-        return self.versions
-
     def results(self, training: bool, inference: bool) -> dict[str, np.ndarray]:
         """What both sides have to agree on; in training by two steps."""
         found = {"features": np.asarray(self.kept.features)}
@@ -119,39 +163,6 @@ class JaxSide:
             self.first["step"], found["first losses"] = clock(self._step)
             found["second losses"] = self._step()
         return found
-
-    def step(self) -> float:
-        """A training step from kept features, with the gathering of the batch."""
-        return clock(self._step)[0]
-
-    def steps(self, count: int) -> float:
-        """So many training steps in a row; the host waits for the last one."""
-
-        def run():
-            for _ in range(count):
-                self._update()
-            self._wait()
-
-        return clock(run)[0]
-
-    def stream(self, batch: int, count: int) -> float:
-        """So many batches to maps; a result is fetched while the next is computed."""
-        images = make_images(batch, self.images.shape[1])
-
-        def run():
-            late = None
-            for _ in range(count):
-                before, late = late, self.predict_step(self.weights, images)
-                if before is not None:
-                    np.asarray(before.anomaly_map)
-            return np.asarray(late.anomaly_map)
-
-        return clock(run)[0]
-
-    def predict(self, batch: int) -> float:
-        """From uint8 images in host memory to fused maps there."""
-        images = make_images(batch, self.images.shape[1])
-        return clock(lambda: self._predict(images))[0]
 
     def extract(self) -> float:
         """Raw features of a batch, to host memory."""
@@ -182,8 +193,11 @@ class JaxSide:
     def _wait(self) -> None:
         self.jax.block_until_ready(self.state)
 
-    def _predict(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(self.predict_step(self.weights, images).anomaly_map)
+    def _maps(self, images: np.ndarray):
+        return self.predict_step(self.weights, images).anomaly_map
+
+    def _fetch(self, maps) -> np.ndarray:
+        return np.asarray(maps)
 
 
 def draw_trunk(architecture: str) -> dict[str, Any]:
@@ -248,7 +262,7 @@ def save_weights(path: str, trunk, statistics, variables) -> None:
     np.savez(path, **arrays)
 
 
-class TorchSide:
+class TorchSide(_Side):
     """`torch_ulsad`, on a GPU where PyTorch finds one."""
 
     def __init__(
@@ -310,56 +324,19 @@ class TorchSide:
         self.features = self._features(self.images)
         self.kept = self._put(self.images)
 
-    def read_versions(self) -> dict[str, str]:
-        """Versions of the libraries."""
-        return self.versions
-
     def results(self, training: bool, inference: bool) -> dict[str, np.ndarray]:
         """What both sides have to agree on; in training by two steps."""
         found = {"features": self.features.permute(0, 2, 3, 1).cpu().numpy()}
         if inference:
             found["map"] = self._predict(self.images)
         if training:
-            found["first losses"] = self._step(self.features)
-            found["second losses"] = self._step(self.features)
+            found["first losses"] = self._step()
+            found["second losses"] = self._step()
         return found
-
-    def step(self) -> float:
-        """A training step from kept features and images."""
-        return clock(lambda: self._step(self.features))[0]
-
-    def steps(self, count: int) -> float:
-        """So many training steps in a row; the host waits for the last one."""
-
-        def run():
-            for _ in range(count):
-                self._update(self.features, self.kept)
-            self._wait()
-
-        return clock(run)[0]
-
-    def stream(self, batch: int, count: int) -> float:
-        """So many batches to maps; a result is fetched while the next is computed."""
-        images = make_images(batch, self.images.shape[1])
-
-        def run():
-            late = None
-            for _ in range(count):
-                before, late = late, self._maps(images)
-                if before is not None:
-                    before.cpu()
-            return late.cpu()
-
-        return clock(run)[0]
 
     def step_with_trunk(self) -> float:
         """A training step that runs the trunk, as the reference's do."""
         return clock(lambda: self._step(self._features(self.images)))[0]
-
-    def predict(self, batch: int) -> float:
-        """From uint8 images in host memory to fused maps there."""
-        images = make_images(batch, self.images.shape[1])
-        return clock(lambda: self._predict(images))[0]
 
     def extract(self) -> float:
         """Features of a batch, to host memory."""
@@ -378,14 +355,16 @@ class TorchSide:
         with self.torch.no_grad(), self.autocast():
             return self.extract_fn(self.trained.normalize(self._put(images)))
 
-    def _step(self, features) -> np.ndarray:
-        losses = self._update(features, self.kept)
+    def _step(self, features=None) -> np.ndarray:
+        losses = self._update(features)
         self._wait()
         return losses.detach().cpu().numpy()
 
-    def _update(self, features, images):
-        x = features.contiguous(memory_format=self.layout)
-        normalized = self.trained.normalize(images)
+    def _update(self, features=None):
+        """Takes a step from features, by default the kept ones."""
+        x = self.features if features is None else features
+        x = x.contiguous(memory_format=self.layout)
+        normalized = self.trained.normalize(self.kept)
         normalized = normalized.contiguous(memory_format=self.layout)
         with self.autocast():
             losses = self.losses_fn(x, normalized)
@@ -398,8 +377,8 @@ class TorchSide:
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
-    def _predict(self, images: np.ndarray) -> np.ndarray:
-        return self._maps(images).cpu().numpy()
+    def _fetch(self, maps) -> np.ndarray:
+        return maps.cpu().numpy()
 
     def _maps(self, images: np.ndarray):
         with self.torch.inference_mode(), self.autocast():

@@ -17,9 +17,7 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +26,8 @@ from typing import Any
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import cells
 
 _CELL = flags.DEFINE_string("cell", "", "Compile this one and print its JSON.")
 _ONLY = flags.DEFINE_string("only", "", "Only cells whose name contains this.")
@@ -120,16 +120,16 @@ def list_cells() -> list[Cell]:
 def main(argv: list[str]) -> None:
     """Compiles one cell here, or all that are missing, each in its own process."""
     del argv
-    cells = {cell.name: cell for cell in list_cells()}
+    known = {cell.name: cell for cell in list_cells()}
     if _CELL.value:
-        print(json.dumps(compile_cell(cells[_CELL.value])))
+        print(json.dumps(compile_cell(known[_CELL.value])))
         return
     if _TABLE.value:
         print(make_table(read_results()))
         return
-    for name in cells:
+    for name in known:
         if _ONLY.value in name and name not in read_results():
-            new = {name: run_cell(cells[name])}
+            new = {name: run_cell(known[name])}
             RESULTS.write_text(json.dumps(read_results() | new, indent=1) + "\n")
             print(new, flush=True)
 
@@ -150,19 +150,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     command = [sys.executable, __file__, f"--cell={cell.name}"]
     if _TEXTS.value:
         command.append(f"--texts={_TEXTS.value}")
-    try:
-        ran = subprocess.run(
-            ["nice", "-n", "19", *command],
-            env=os.environ | place,
-            capture_output=True,
-            text=True,
-            timeout=_LIMIT.value,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"more than {_LIMIT.value} s"}
-    if ran.returncode:
-        return {"error": (ran.stderr.strip().splitlines() or ["killed"])[-1][:300]}
-    return json.loads(ran.stdout.splitlines()[-1])
+    return cells.run_cell(["nice", "-n", "19", *command], place, _LIMIT.value)
 
 
 def compile_cell(cell: Cell) -> dict[str, Any]:

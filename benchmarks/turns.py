@@ -18,10 +18,10 @@ class Side:
     """A process in which an object's methods are called."""
 
     def __init__(self, make: Callable[..., Any], **options: Any):
-        """Makes the object there, `make(**options)`, a function or class of a module.
+        """Makes the object there, `make(**options)`, and waits until that is done.
 
         Args:
-            make: called in the process.
+            make: function or class of a module, called in the process.
             options: its arguments.
         """
         context = multiprocessing.get_context("spawn")
@@ -31,6 +31,7 @@ class Side:
         )
         self._process.start()
         theirs.close()
+        self._connection.recv()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the object and waits for its result."""
@@ -48,6 +49,7 @@ def _serve(
 ) -> None:
     """Answers (method, arguments) until the parent is gone."""
     worker = make(**options)
+    connection.send(None)  # it is made
     with contextlib.suppress(EOFError):
         while True:
             method, arguments = connection.recv()

@@ -14,6 +14,7 @@ import pytest
 
 from tests import runs
 from tests.conftest import data  # noqa: F401
+from ulsad_jax.methods import patchcore
 from ulsad_jax.methods.base import IMAGES, LEVELS, Method, State
 from ulsad_jax.methods.descent import make_optimizer
 from ulsad_jax.methods.draem.method import Draem
@@ -245,10 +246,44 @@ def test_models_of_images_equal_those_of_one_device(backend, method):
         step = steps.make_train_step(method, devices, way)
         for rows, own in ((np.arange(BATCH), BATCH), (np.arange(BATCH) % 3 + 8, 3)):
             state, _ = step(state, sources.load(kept, rows, own, devices), key)
-        model = jax.device_get(method.finish(devices.replicate(state)).model)
+        state = state if method.splits_model else devices.replicate(state)
+        model = jax.device_get(method.finish(state).model)
         found.append(method.maps(model, batch) | method.scores(model, batch))
     for name, expected in found[0].items():
         np.testing.assert_allclose(found[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", ["init", "update", "choose", "maps", "scores"])
+def test_a_bank_that_is_split_is_whole_on_no_device(function):
+    """Nor are the patches that it is chosen from."""
+    devices, method = parallel.find_devices(shards_state=True), Patchcore()
+    spec = steps.make_spec(BATCH, (64, 64), runs.features(16, 16, 32), 512)
+    init, key = steps.make_init(method, spec, devices), jax.random.key(0)
+    state = init(key)
+    bank = np.zeros((8192, 32), np.float32)
+    model = steps.place_model(method, devices, {"bank": bank})
+    features = np.zeros((BATCH, 16, 16, 32), np.float32)
+    kept = sources.Kept(np.zeros((BATCH, 64, 64, 3), np.uint8), features)
+    batch = sources.load(kept, np.arange(BATCH), BATCH, devices)
+    rows = state.training["rows"]
+    patches = rows.reshape(-1, rows.shape[-1])
+    program, whole = {
+        "init": (init.lower(key), rows.nbytes),
+        "update": (
+            steps.make_train_step(method, devices, "jit").lower(state, batch, key),
+            rows.nbytes,
+        ),
+        "choose": (
+            patchcore.choose.lower(key, patches, count=64, dimensions=128),
+            rows.nbytes,
+        ),
+        "maps": (jax.jit(method.maps).lower(model, batch), bank.nbytes),
+        "scores": (jax.jit(method.scores).lower(model, batch), bank.nbytes),
+    }[function]
+    found = program.compile().memory_analysis()
+    most = found.argument_size_in_bytes + found.temp_size_in_bytes
+    most += found.output_size_in_bytes - found.alias_size_in_bytes
+    assert most < whole
 
 
 @pytest.mark.parametrize(
@@ -346,9 +381,10 @@ def test_a_run_resumes_on_other_devices(config, run_alone, tmp_path, first, then
     assert_same_run(workdir, run_alone)
 
 
-def test_a_model_of_sums_in_a_state_that_is_split(config, tmp_path):
+@pytest.mark.parametrize("method", ["padim", "patchcore"])
+def test_a_model_of_sums_in_a_state_that_is_split(config, tmp_path, method):
     config = config.copy_and_resolve_references()
-    config.method = "padim"
+    config.method = method
     for devices in (1, 8):
         config.parallel.devices, config.parallel.shard_state = devices, devices > 1
         runs.train(config, tmp_path / str(devices))

@@ -12,7 +12,11 @@ from tests.runs import assert_same_arrays, list_steps
 from ulsad_jax.runtime.checkpoint import CheckpointStore
 from ulsad_jax.runtime.errors import UserError
 
-FIRST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def place_first(shape):
+    return DEVICE
 
 
 def make_model(value=0.0):
@@ -50,12 +54,14 @@ def test_round_trip(tmp_path):
     with open_store(tmp_path) as store:
         assert store.latest() == store.select(best=False) == 7
         model, optimizer, progress = store.restore_training(
-            7, FIRST, model=make_model(), optimizer=make_optimizer()
+            7, place_first, model=make_model(), optimizer=make_optimizer()
         )
         assert_same_arrays(model, make_model(7))
         assert_same_arrays(optimizer, make_optimizer(7))
         assert progress == store.restore_progress(7) == {"sums": {"total": 7 / 3}}
-        model, calibration, decisions = store.restore_model(7, FIRST, like=make_model())
+        model, calibration, decisions = store.restore_model(
+            7, place_first, like=make_model()
+        )
         assert_same_arrays(model, make_model(7))
         assert calibration == {"local_offset": 0.7}
         assert decisions == {"image": 1.4}
@@ -134,7 +140,7 @@ def test_what_is_saved_is_what_was_given(tmp_path):
         for _ in range(5):
             model = step(model)
     with open_store(tmp_path) as store:
-        saved, *_ = store.restore_model(1, FIRST, like=model)
+        saved, *_ = store.restore_model(1, place_first, like=model)
         np.testing.assert_array_equal(saved["w"], 0)
 
 
@@ -166,7 +172,7 @@ def test_reader_leaves_alone_what_is_being_saved(tmp_path):
     settings = {"metric": "validation_loss", "largest": False}
     with CheckpointStore(tmp_path, **settings, read_only=True) as store:
         assert store.select(best=False) == 3
-        store.restore_model(3, FIRST, like=make_model())
+        store.restore_model(3, place_first, like=make_model())
     assert half.exists()
     with open_store(tmp_path) as store:
         save(store, 9, loss=1.0)
@@ -188,10 +194,10 @@ def test_other_networks_are_refused(tmp_path):
         save(store, 3, loss=2.0)
         wider = {"params": {"w": jnp.zeros((2, 4))}}
         with pytest.raises(UserError, match=r"checkpoint 3 .*this config's networks"):
-            store.restore_model(3, FIRST, like=wider)
+            store.restore_model(3, place_first, like=wider)
         deeper = {"params": {**make_model()["params"], "c": jnp.zeros(3)}}
         with pytest.raises(UserError, match="checkpoint 3"):
-            store.restore_model(3, FIRST, like=deeper)
+            store.restore_model(3, place_first, like=deeper)
 
 
 def test_step_is_saved_once(tmp_path):
@@ -220,9 +226,9 @@ def restore_all(folder):
     with CheckpointStore(folder, metric="validation_loss", read_only=True) as store:
         step = store.select(best=False)
         return (
-            *store.restore_model(step, FIRST, like=make_model()),
+            *store.restore_model(step, place_first, like=make_model()),
             *store.restore_training(
-                step, FIRST, model=make_model(), optimizer=make_optimizer()
+                step, place_first, model=make_model(), optimizer=make_optimizer()
             ),
         )
 
@@ -303,7 +309,7 @@ def test_reader_sees_that_training_went_on(saved, tmp_path, deleted):
             shutil.copytree(saved / "6", folder / "6")
             shutil.rmtree(folder / "6" / deleted)
         with pytest.raises(UserError):
-            store.restore_model(step, FIRST, like=make_model())
+            store.restore_model(step, place_first, like=make_model())
         assert store.is_overtaken()
 
 

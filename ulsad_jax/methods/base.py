@@ -94,6 +94,9 @@ class Method:
     # True: a pass sees every image once, in order, and the last batch is padded. False:
     # images are shuffled, and an incomplete last batch is left out.
     sees_every_image: ClassVar[bool] = False
+    # True: with `config.parallel.shard_state`, `finish`, `maps` and `scores` get arrays
+    # that are split over the devices. False: they get whole arrays.
+    splits_model: ClassVar[bool] = False
     # What values of config fields have to be, by the fields' paths.
     rules: ClassVar[Mapping[str, Rule]] = {}
 

@@ -167,6 +167,7 @@ def combine(references: tuple[str, ...]) -> type[Branches]:
         **published,
         "takes_losses": any(kind.takes_losses for kind in kinds.values()),
         "sees_every_image": all(kind.sees_every_image for kind in kinds.values()),
+        "splits_model": all(kind.splits_model for kind in kinds.values()),
         "rules": {k: v for kind in kinds.values() for k, v in kind.rules.items()},
         "__doc__": f"Joins the methods {text}.",
     }

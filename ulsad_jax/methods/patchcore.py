@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, Int
 
-TILE = 2048  # patches of the bank that are compared with all others at once
+TILE = 2048  # most patches of the bank that are compared with all others at once
 CANDIDATES, AT_ONCE = 1024, 32  # see `select_coreset`
 
 
@@ -53,6 +53,8 @@ class Patchcore(Rows):
         "methods.patchcore.neighbors": at_least(2),  # of one, weights would be 0
         "methods.patchcore.dimensions": at_least(1),
     }
+
+    splits_model: ClassVar[bool] = True
 
     share: float = 0.1
     neighbors: int = 9
@@ -127,19 +129,20 @@ def find_distances(
 ) -> Float[Array, "*n"]:
     """Returns the Euclidean distances to the nearest rows of the bank.
 
-    Only the distances to `TILE` rows of the bank are held at once.
+    Only the distances to `TILE` rows of the bank, or fewer, are held at once.
     """
-    flat, size = x.reshape(-1, x.shape[-1]), min(TILE, len(bank))
+    flat, tiles = x.reshape(-1, x.shape[-1]), -(-len(bank) // TILE)
+    size = -(-len(bank) // tiles)
 
     def compare(i: Int[Array, ""], least: Float[Array, " q"]) -> Float[Array, " q"]:
         # The last tile begins early: it has no rows beyond the bank's.
         start = jnp.minimum(i * size, len(bank) - size)
-        tile = jax.lax.dynamic_slice_in_dim(bank, start, size)
+        # Not a slice, for which a bank that is split over devices would be gathered.
+        rows = start + jnp.arange(size)
+        tile = jnp.take(bank, rows, axis=0, mode="clip")
         return jnp.minimum(least, square_distances(flat, tile).min(1))
 
-    squares = jax.lax.fori_loop(
-        0, -(-len(bank) // size), compare, jnp.full(flat.shape[0], jnp.inf)
-    )
+    squares = jax.lax.fori_loop(0, tiles, compare, jnp.full(flat.shape[0], jnp.inf))
     return jnp.sqrt(squares).reshape(x.shape[:-1])
 
 

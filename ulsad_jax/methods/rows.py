@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ulsad_jax.methods.base import Batch, Method, Spec, State
+from ulsad_jax.runtime import hosts
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -20,7 +21,8 @@ class Rows(Method):
     """Base class of methods that fit a model to what they kept of every image.
 
     `describe` says what that is, and `finish` fits the model to `read_seen`. Each of
-    several devices has the rows of all images.
+    several devices has the rows of all images, unless `config.parallel.shard_state`
+    splits them.
     """
 
     num_epochs: ClassVar[int | None] = 1
@@ -66,5 +68,5 @@ class Rows(Method):
 
 def read_seen(state: State) -> Float[Array, "n ..."]:
     """Returns the rows of the images that were seen."""
-    rows, seen = state.training["rows"], np.asarray(state.training["seen"])
+    rows, seen = state.training["rows"], hosts.gather(state.training["seen"])
     return rows if seen.all() else rows[np.flatnonzero(seen)]

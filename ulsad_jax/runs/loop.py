@@ -87,7 +87,7 @@ class Trainer:
         )
         self._epochs = steps.count_epochs(config.train, self._steps_per_epoch)
         self._key = steps.initial_key(config.seed, category)
-        initial = steps.make_init(method, spec)(self._key)
+        initial = steps.make_init(method, spec, devices)(self._key)
         self._state: State = devices.place_state(initial)
         self._train_step = steps.make_train_step(
             method, devices, config.parallel.backend
@@ -216,8 +216,10 @@ class Trainer:
         self._save(finished, validation, metrics)
 
     def _finish(self) -> State:
-        """Returns the state to validate and save, its model whole on all devices."""
+        """Returns the state to validate and save, placed as prediction reads it."""
         state, replicate = self._state, self._devices.replicate
+        if self._method.splits_model:
+            return self._devices.place_state(self._method.finish(state))
         if self._devices.shards_state:
             if type(self._method).finish is Method.finish:
                 state = state.replace(model=replicate(state.model))
@@ -255,7 +257,7 @@ class Trainer:
             model = steps.model_item(self._state.model, self._statistics)
         item, training, saved = self._store.restore_training(
             step,
-            self._devices.everywhere,
+            self._devices.choose_places,
             model=model,
             optimizer=self._state.training,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,7 +100,7 @@ def load(
     trunk: Trunk | None,
     *,
     step: int | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    place: Callable[[jax.ShapeDtypeStruct], jax.sharding.Sharding] | None = None,
     image_threshold: float | None = None,
     pixel_threshold: float | None = None,
 ) -> Saved:
@@ -112,7 +113,8 @@ def load(
         trunk: trunk of the run, or None.
         step: number of updates of the checkpoint; by default that of the checkpoint
             that the config selects.
-        sharding: placement of the model's arrays; by default the first device.
+        place: function from an array's shape to its placement; by default the first
+            device.
         image_threshold: replaces the stored threshold on image scores.
         pixel_threshold: replaces the stored threshold on map values.
 
@@ -121,14 +123,14 @@ def load(
             another trunk or by another version.
     """
     like = _model_shapes(made, config.train.batch_size)
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     while True:
         with files_of.open_store(config, folder, read_only=True) as store:
             try:
                 found = files_of.select(config, store) if step is None else step
                 check_trunk(store, found, trunk, folder)
                 item, calibration, stored = store.restore_model(
-                    found, sharding, like=like
+                    found, place or (lambda _: first), like=like
                 )
                 break
             except UserError:

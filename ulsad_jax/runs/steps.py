@@ -68,15 +68,34 @@ def make_spec(
 
 
 @functools.cache  # compiled once, for all seeds
-def make_init(method: Method, spec: Spec) -> Callable[[jax.Array], State]:
+def make_init(
+    method: Method, spec: Spec, devices: Devices | None = None
+) -> Callable[[jax.Array], State]:
     """Returns a jitted `init(key)`, see `Method.init`.
 
     Args:
         method: method whose state it returns.
         spec: shapes of the training batches.
+        devices: devices over which the state is split, if they say so; otherwise it is
+            made on the first one.
     """
-    init = functools.partial(method.init, spec=spec)
-    return jax.jit(init, compiler_options=compilation.run_once())
+    init, places = functools.partial(method.init, spec=spec), None
+    if devices is not None and devices.shards_state:
+        places = devices.choose_places(jax.eval_shape(init, jax.random.key(0)))
+    options = compilation.run_once()
+    return jax.jit(init, out_shardings=places, compiler_options=options)
+
+
+def place_model(method: Method, devices: Devices, model: Any) -> Any:
+    """Puts a model where prediction reads it: whole on every device, or split.
+
+    Args:
+        method: method whose model it is.
+        devices: devices of the run.
+        model: `State.model` of a finished state.
+    """
+    place = devices.place_state if method.splits_model else devices.replicate
+    return place(model)
 
 
 @functools.lru_cache

@@ -20,7 +20,7 @@ from ulsad_jax.metrics.base import IMAGE, ORIGINAL, PIXEL, Images
 from ulsad_jax.metrics.pixel import Pixels
 from ulsad_jax.metrics.values import finite
 from ulsad_jax.report import pictures
-from ulsad_jax.runs import evaluation, full_resolution, results, saved
+from ulsad_jax.runs import evaluation, full_resolution, results, saved, steps
 from ulsad_jax.runs import folder as files_of
 from ulsad_jax.runs.category import CategoryRun
 from ulsad_jax.runtime import files, hosts, stages
@@ -56,7 +56,7 @@ def evaluate(
     if run.data.train:
         run.check_data()
     given = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
-    wanted = given | {"step": step, "sharding": run.devices.everywhere}
+    wanted = given | {"step": step, "place": run.devices.choose_places}
     step, weights, decisions = saved.load(
         run.config, run.setup, run.folder, run.trunk, **wanted
     )
@@ -144,7 +144,9 @@ def predict_test(run: CategoryRun, weights: Weights) -> tuple[Prediction, Truth]
     predict = make_predict_step(
         run.setup.pyramid, run.setup.method, top_share=run.config.score.top_share
     )
-    placed, split = run.devices.replicate(weights), run.devices.split
+    model = steps.place_model(run.setup.method, run.devices, weights.model)
+    placed = run.devices.replicate(weights.replace(model=None)).replace(model=model)
+    split = run.devices.split
     # As the batches are, in shape and place, so that the prediction is traced once.
     size = run.batch_size(run.data.test), *run.setup.input_size
     image = split(np.zeros((*size, 3), np.uint8))

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from ulsad_jax.runtime import hosts
 from ulsad_jax.runtime.checksums import describe_layout, digest, digest_arrays
 from ulsad_jax.runtime.errors import UserError, sentence, storage_errors
 from ulsad_jax.runtime.quiet import silence
+
+Place = Callable[[jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
 DIGEST = "digest"  # the item with the checksums of the others
 METRICS = "metrics"  # Orbax's own item
@@ -186,7 +188,7 @@ class CheckpointStore:
     def restore_training(
         self,
         step: int,
-        sharding: jax.sharding.Sharding,
+        place: Place,
         *,
         model: Any,
         optimizer: Any,
@@ -195,11 +197,11 @@ class CheckpointStore:
 
         Args:
             step: step of the checkpoint.
-            sharding: placement of the model's arrays.
+            place: function from the shape of an array of the model to its placement.
             model: tree with the shapes of the model; None for the saved shapes.
             optimizer: tree with the shapes of the optimizer's state.
         """
-        items = {"model": self._place(step, sharding, model), "progress": None}
+        items = {"model": self._place(step, place, model), "progress": None}
         if jax.tree.leaves(optimizer):
             items["optimizer"] = {"state": optimizer}
         restored = self._restore(step, **items)
@@ -211,20 +213,20 @@ class CheckpointStore:
         return self._restore(step, progress=None)["progress"]
 
     def restore_model(
-        self, step: int, sharding: jax.sharding.Sharding, *, like: Any = None
+        self, step: int, place: Place, *, like: Any = None
     ) -> tuple[Any, dict[str, float], dict[str, Any]]:
         """Returns (model, calibration, decisions).
 
         Args:
             step: step of the checkpoint.
-            sharding: placement of the model's arrays.
+            place: function from the shape of an array of the model to its placement.
             like: tree with the shapes of the model; by default the saved shapes.
 
         Raises:
             UserError: the shapes differ, an item is damaged, or the checkpoint has no
                 calibration or decisions.
         """
-        like = self._place(step, sharding, like)
+        like = self._place(step, place, like)
         restored = self._restore(step, model=like, calibration=None, decisions=None)
         return restored["model"], restored["calibration"], restored["decisions"]
 
@@ -233,12 +235,12 @@ class CheckpointStore:
         with storage_errors(self._folder):
             self._manager.wait_until_finished()
 
-    def _place(self, step: int, sharding: jax.sharding.Sharding, like: Any) -> Any:
-        """Returns the shapes of a model, by default the saved ones, with a sharding."""
+    def _place(self, step: int, place: Place, like: Any) -> Any:
+        """Returns the shapes of a model, by default the saved ones, with shardings."""
         if like is None:
             like = self._read_shapes(step, "model")
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), like
         )
 
     def _read_shapes(self, step: int, name: str) -> Any:

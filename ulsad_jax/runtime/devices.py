@@ -228,8 +228,11 @@ def ignore_mesh(function: Callable) -> Callable:
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     """Returns an array with a sharding, from one as `Devices.replicate` takes."""
-    if isinstance(x, jax.Array) and not x.is_fully_replicated:
-        return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array):
+        if x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        if not x.is_fully_replicated:
+            return jax.device_put(x, sharding)
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 

@@ -16,8 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import tpu_compile
+from benchmarks.tpu_programs import CHIPS, Cell
 
-CHIP = tpu_compile.CHIPS["v5e"]
+CHIP = CHIPS["v5e"]
 SLICES = {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
 RING = 16  # chips along a side from which on a v5e's sides are closed to rings
 PUBLISHED = 8  # the published batch
@@ -58,7 +59,7 @@ def seconds_reduce(found: dict[str, Any], chips: int) -> float:
     A chip sends 2 (n - 1) / n of the bytes, over all of its links where the slice's
     sides are rings, over half of them where they are not.
     """
-    cell = tpu_compile.Cell("published", "train", "v5e:2x2", 32)
+    cell = Cell("published", "train", "v5e:2x2", 32)
     entries = found[cell.name]["collectives"].values()
     size = sum(entry["bytes"] for entry in entries)
     side = int(SLICES[chips].partition("x")[0])

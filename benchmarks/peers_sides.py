@@ -125,9 +125,9 @@ class Ours(_Side):
         spec = self.made.spec(self.batch, n, 2 * n)
         state = steps.make_init(method, spec)(jax.random.key(0))
         if self.method == "efficientad":  # the teacher is done
-            state = state.replace(
-                step=state.training["distilling"] + 0
-            )  # not donated twice
+            done = state.training["distilling"] + 0  # not donated twice
+            state = state.replace(step=done)
+        state = self.devices.place_state(state)
         step = steps.make_train_step(method, self.devices, "jit")
         for rows, valid in self._list_batches():
             loaded = sources.load(normals.train, rows, int(valid.sum()), self.devices)

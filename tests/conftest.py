@@ -29,7 +29,8 @@ from tests import runs, trees  # noqa: E402
 # From the longest one down, so that no process is left with one of them at the end.
 LONG_FILES = [
     *("test_parallel", "test_hosts", "test_sweep", "test_experiment", "test_parity"),
-    *("test_end_to_end", "test_loss_inspection", "test_winograd", "test_layers"),
+    *("test_efficientad", "test_draem", "test_end_to_end", "test_loss_inspection"),
+    *("test_winograd", "test_layers"),
 ]
 
 

@@ -38,6 +38,9 @@ MANY_OUTPUTS = 768
 # kernel; and number of multiplications from which they are worth compiling.
 TILED_POSITIONS = {2: 1024, 3: 256, 4: 1024, 5: 256}
 TILED_MULTIPLICATIONS = 2**28
+# Number of channels of input and output, and of pairs of them, from which tiles are
+# worth the memory that they take. For an image's three they take ten times as long.
+TILED_CHANNELS, TILED_PAIRS = 16, 512
 LARGE_TILE_POSITIONS = 1024  # for 4 x 4 and 5 x 5: from here on, 4 x 4 tiles pay
 MANY_IMAGES = 32  # from here on, batches are split for the kernel's gradient
 CHUNK_ELEMENTS = 2**20  # number of tap elements held at once
@@ -161,8 +164,10 @@ def _is_small(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> 
 
 def _tile(x: Float[Array, "b h w i"], kernel: Float[Array, "kh kw i o"]) -> int | None:
     """Returns the tile if `winograd.convolve` is the fastest on CPUs, else None."""
-    (size, width, *_), positions = kernel.shape, _positions(x)
+    (size, width, *channels), positions = kernel.shape, _positions(x)
     if size != width:
+        return None
+    if min(channels) < TILED_CHANNELS or math.prod(channels) < TILED_PAIRS:
         return None
     if x.dtype != jnp.float32 or positions < TILED_POSITIONS.get(size, math.inf):
         return None

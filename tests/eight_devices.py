@@ -232,18 +232,17 @@ class Draws(Method):
 
 
 @pytest.mark.parametrize("method", [Padim(channels=4), Pca(), Patchcore()])
-@pytest.mark.parametrize("backend", ["jit", "pmap", SHARDED])
-def test_models_of_images_equal_those_of_one_device(backend, method):
+@pytest.mark.parametrize("way", [(8, "jit"), (8, "pmap"), (8, SHARDED), (2, SHARDED)])
+def test_models_of_images_equal_those_of_one_device(way, method):
     """With a last batch that is filled up."""
     kept, key = make_kept(BATCH + 3), jax.random.key(0)
     spec = steps.make_spec(BATCH, (64, 64), runs.features(8, 8, 6), len(kept))
     batch = sources.load(kept, np.arange(3), 3, parallel.find_devices(1))
     found = []
-    for count, way in ((1, "jit"), (8, backend)):
-        shards = backend == SHARDED and count > 1
-        devices = parallel.find_devices(count, shards_state=shards)
+    for count, backend in ((1, "jit"), way):
+        devices = parallel.find_devices(count, shards_state=backend == SHARDED)
         state = devices.place_state(steps.make_init(method, spec)(key))
-        step = steps.make_train_step(method, devices, way)
+        step = steps.make_train_step(method, devices, backend)
         for rows, own in ((np.arange(BATCH), BATCH), (np.arange(BATCH) % 3 + 8, 3)):
             state, _ = step(state, sources.load(kept, rows, own, devices), key)
         state = state if method.splits_model else devices.replicate(state)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ulsad_jax.methods.base import Batch, State
 from ulsad_jax.methods.rows import Rows, read_seen
+from ulsad_jax.runtime import hosts
 from ulsad_jax.runtime.rules import Rule, at_least, is_number
 from ulsad_jax.scoring.calibration import enlarge_and_blur
 
@@ -72,8 +73,9 @@ class Patchcore(Rows):
         patches = read_seen(state)
         patches = patches.reshape(-1, patches.shape[-1])
         count = max(int(self.share * len(patches)), self.neighbors)
+        key = hosts.gather(state.training["key"])  # a key cannot be split
         chosen = choose(
-            jax.random.wrap_key_data(state.training["key"]),
+            jax.random.wrap_key_data(key),
             patches,
             count=min(count, len(patches)),
             dimensions=self.dimensions,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +21,7 @@ from ulsad_jax.trunks.features import ChannelStatistics
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from ulsad_jax.runtime.checkpoint import CheckpointStore
+    from ulsad_jax.runtime.checkpoint import CheckpointStore, Place
     from ulsad_jax.trunks.weights import Trunk, TrunkIdentity
 
 
@@ -100,7 +99,7 @@ def load(
     trunk: Trunk | None,
     *,
     step: int | None = None,
-    place: Callable[[jax.ShapeDtypeStruct], jax.sharding.Sharding] | None = None,
+    place: Place | None = None,
     image_threshold: float | None = None,
     pixel_threshold: float | None = None,
 ) -> Saved:

@@ -79,11 +79,15 @@ def make_init(
         devices: devices over which the state is split, if they say so; otherwise it is
             made on the first one.
     """
-    init, places = functools.partial(method.init, spec=spec), None
-    if devices is not None and devices.shards_state:
-        places = devices.choose_places(jax.eval_shape(init, jax.random.key(0)))
-    options = compilation.run_once()
-    return jax.jit(init, out_shardings=places, compiler_options=options)
+
+    def init(key):
+        state = method.init(key, spec)
+        if devices is None or not devices.shards_state:
+            return state
+        places = devices.choose_places(state)
+        return jax.lax.with_sharding_constraint(state, places)
+
+    return jax.jit(init, compiler_options=compilation.run_once())
 
 
 def place_model(method: Method, devices: Devices, model: Any) -> Any:
